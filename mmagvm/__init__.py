@@ -1,0 +1,19 @@
+"""AGVM, large-batch training of dense predictors, for MMEngine.
+
+Importing this registers everything in MMEngine's root registries; neither
+mmdet nor mmseg is imported.
+"""
+from .compat import allow_checkpoints, check_versions
+from .hook import AGVMHook
+from .lr_scaling import RULES, LRRule, find_rule
+from .optim_wrapper import AGVMOptimWrapper
+from .optim_wrapper_constructor import AGVMOptimWrapperConstructor
+from .version import __version__
+
+check_versions()
+allow_checkpoints()
+
+__all__ = [
+    'AGVMHook', 'AGVMOptimWrapper', 'AGVMOptimWrapperConstructor', 'LRRule',
+    'RULES', '__version__', 'find_rule'
+]

@@ -1,0 +1,63 @@
+"""What the hosting MMEngine and torch must have, checked and mended."""
+from pickle import UnpicklingError
+from typing import Any, Callable
+
+import torch
+
+try:
+    import mmengine
+except ImportError as error:
+    raise ImportError(
+        'mmagvm needs MMEngine, which comes with OpenMMLab or with its onedl '
+        "fork: pip install 'mmagvm[openmmlab]'") from error
+import numpy as np
+from mmengine.logging import HistoryBuffer
+from mmengine.utils import digit_version
+
+MMENGINE_MINIMUM = '0.10.0'
+TORCH_MINIMUM = '2.1.0'
+#: Methods that a HistoryBuffer names in its pickle.
+STATISTICS = ('min', 'max', 'current', 'mean')
+
+
+def check_versions() -> None:
+    """Raise ImportError if the host is older than what was developed for."""
+    for name, version, minimum in (('mmengine', mmengine.__version__,
+                                    MMENGINE_MINIMUM),
+                                   ('torch', torch.__version__,
+                                    TORCH_MINIMUM)):
+        if digit_version(version) < digit_version(minimum):
+            raise ImportError(f'mmagvm needs {name} >= {minimum}, but '
+                              f'{version} is installed: upgrade {name}')
+
+
+def allow_checkpoints() -> None:
+    """Let torch >= 2.6 load what MMEngine saves, and nothing more.
+
+    Since 2.6 ``torch.load`` refuses every type that it does not know, and
+    MMEngine 0.10.7 stores its logged scalars as :class:`HistoryBuffer`, over
+    numpy arrays, and best scores as numpy numbers. These are declared safe;
+    the check stays on.
+    """
+    if digit_version(torch.__version__) < digit_version('2.6.0'):
+        return
+    array, scalar = (value.__reduce__()[0]
+                     for value in (np.zeros(1), np.float64(0)))
+    torch.serialization.add_safe_globals([
+        HistoryBuffer, np.ndarray, np.dtype, array, scalar,
+        *(type(np.dtype(kind)) for kind in ('f4', 'f8', 'i4', 'i8', 'b1')),
+        # written by numpy 1, which had them elsewhere
+        (array, 'numpy.core.multiarray._reconstruct'),
+        (scalar, 'numpy.core.multiarray.scalar'),
+        # getattr itself would open every door
+        (_statistics_method, 'builtins.getattr'),
+    ])
+
+
+def _statistics_method(owner: Any, name: str) -> Callable[..., Any]:
+    """The one use that a HistoryBuffer's pickle makes of getattr."""
+    if owner is not HistoryBuffer or name not in STATISTICS:
+        raise UnpicklingError(
+            f'the checkpoint asks for {name!r} of {owner!r}, which no '
+            'MMEngine checkpoint contains: it may be malicious')
+    return getattr(HistoryBuffer, name)  # type: ignore[no-any-return]

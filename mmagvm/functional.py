@@ -1,0 +1,113 @@
+"""The equations of AGVM, as pure functions on tensors.
+
+Equation numbers are those of the appendix of Xue et al., "Large-batch
+Optimization for Dense Visual Predictions" (NeurIPS 2022).
+
+========  ============  =====================================================
+symbol    name          meaning
+========  ============  =====================================================
+G1, G2                  one module's gradient from the two halves of the batch
+S, D      total,        G1 + G2 and G1 - G2, which is what an all-reduce of
+          signed        the gradients and of their signed copies yields
+phi       variance      1 - cos(G1, G2), in [0, 2] (Eq. 2 without the
+                        learning rate, which cancels in Eq. 41)
+mu        lr_scale      multiplier of a module's learning rate (Eq. 41, 42)
+alpha     ema_decay     weight of the old mu in the moving average (Eq. 42)
+v_t       exp_avg_sq    Adam's second moment, this update's gradient included
+========  ============  =====================================================
+"""
+from typing import List, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+
+def half_batch_norms(total: Sequence[Tensor],
+                     signed: Sequence[Tensor]) -> Tensor:
+    """Everything that :func:`split_variance` needs, from one pass.
+
+    Args:
+        total: S = G1 + G2 of one module, a tensor per parameter.
+        signed: D = G1 - G2 of the same parameters, in the same shapes.
+
+    Returns:
+        ``(|S|^2, |D|^2, |S + D|^2, |S - D|^2)`` in float64, on the device of
+        the gradients. Norms of several parts of a module add up.
+    """
+    total, signed = _at_least_float32(total), _at_least_float32(signed)
+    first = torch._foreach_add(total, signed)
+    second = torch._foreach_sub(total, signed)
+    return torch.stack([
+        torch.stack(torch._foreach_norm(part)).double().square().sum()
+        for part in (total, signed, first, second)
+    ])
+
+
+def split_variance(norms: Tensor) -> Tensor:
+    """phi = 1 - cos(G1, G2) of every module (Eq. 2).
+
+    G1 and G2 are (S + D) / 2 and (S - D) / 2, so their product is
+    (\\|S\\|^2 - \\|D\\|^2) / 4 and norms are enough.
+
+    Args:
+        norms: (h, 4), the rows of :func:`half_batch_norms`.
+
+    Returns:
+        (h,), in [0, 2]. NaN where a half has no gradient at all, for which
+        the cosine has no meaning, and where a norm is not finite.
+    """
+    total, signed, first, second = norms.unbind(-1)
+    cosine = (total - signed) / (first * second).sqrt()
+    return (1 - cosine).clamp(0, 2)
+
+
+def adam_divisor(grads: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+                 beta2: float, eps: float) -> List[Tensor]:
+    """sqrt(v_t) + eps, by which Alg. 2 divides G1 and G2 before the cosine.
+
+    v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2 as the optimizer is about to
+    compute it. Its bias correction is one factor for all elements and cancels
+    in the cosine.
+
+    Args:
+        grads: g_t, a tensor per parameter.
+        exp_avg_sqs: v_{t-1} of the same parameters.
+        beta2: Decay of the second moment.
+        eps: Adam's epsilon.
+    """
+    divisor = torch._foreach_mul(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(divisor, grads, grads, 1 - beta2)
+    torch._foreach_sqrt_(divisor)
+    torch._foreach_add_(divisor, eps)
+    return list(divisor)
+
+
+def modulate(lr_scale: Tensor, variance: Tensor, anchor: int,
+             ema_decay: float, eps: float,
+             ratio_range: Tuple[float, float]) -> Tensor:
+    """The new mu of every module, from its old one and the measured phi.
+
+    ratio_i = sqrt((phi_anchor + eps) / (phi_i + eps))           (Eq. 41)
+    mu_i <- ema_decay * mu_i + (1 - ema_decay) * ratio_i         (Eq. 42)
+
+    Args:
+        lr_scale: (h,), mu before this measurement.
+        variance: (h,), phi; NaN for a module that could not be measured,
+            which keeps its mu. If that is the anchor, every module does.
+        anchor: Index of the module that the others follow; its mu stays 1.
+        ema_decay: alpha, in [0, 1).
+        eps: Added to both variances, as the paper does for huge batches.
+        ratio_range: Bounds of the ratio before averaging, around 1.
+
+    Returns:
+        (h,), mu after this measurement.
+    """
+    ratio = ((variance[anchor] + eps) / (variance + eps)).sqrt()
+    ratio = ratio.clamp(*ratio_range)
+    averaged = ema_decay * lr_scale + (1 - ema_decay) * ratio
+    return torch.where(ratio.isnan(), lr_scale, averaged)
+
+
+def _at_least_float32(tensors: Sequence[Tensor]) -> List[Tensor]:
+    # a norm of bfloat16 gradients would itself be a bfloat16: three digits
+    return [t.float() if t.dtype.itemsize < 4 else t for t in tensors]

@@ -1,0 +1,135 @@
+"""Start-up checks and what is logged; no maths."""
+import logging
+from typing import Any, Dict, List, Optional
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+
+from .lr_scaling import find_rule
+from .optim_wrapper import AGVMOptimWrapper
+
+
+@HOOKS.register_module()
+class AGVMHook(Hook):
+    """Tells at the start what AGVM will do, and logs what it does.
+
+    Publishes after every iteration, for each module, the last measured
+    ``agvm/<module>/variance`` (phi) and the ``agvm/<module>/lr_scale`` (mu)
+    in force, both 1 until the first measurement, and ``agvm/measured`` and
+    ``agvm/skipped``, the numbers of measurements that took effect and that
+    were dropped.
+
+    Raises:
+        TypeError: The run's optimizer wrapper is not an AGVM one.
+    """
+
+    # before LoggerHook, which is BELOW_NORMAL
+    priority = 'NORMAL'
+
+    def before_train(self, runner: Runner) -> None:
+        """Check the setting and describe it in the log."""
+        wrapper = runner.optim_wrapper
+        if not isinstance(wrapper, AGVMOptimWrapper):
+            raise TypeError(
+                'AGVMHook: the optimizer wrapper of this run is '
+                f'{type(wrapper).__name__}, which does not modulate anything '
+                '(did --amp or --cfg-options replace optim_wrapper.type, or '
+                'DeepSpeed the optimizer?): set '
+                "optim_wrapper.type='AGVMOptimWrapper', or remove AGVMHook")
+        batch = dict(
+            ranks=wrapper.world_size,
+            images_per_rank=images_per_rank(runner.train_dataloader),
+            accumulative_counts=wrapper.accumulative_counts)
+        if wrapper.batch and wrapper.batch != batch:
+            runner.logger.warning(
+                f'AGVM: the checkpoint was trained with {wrapper.batch}, this '
+                f'run has {batch}; lr_scale goes on from where it was')
+        wrapper.batch = batch
+        for line in describe(wrapper, runner):
+            runner.logger.info(line)
+        for name in useless_sync_bn(runner.model):
+            runner.logger.warning(
+                f'AGVM: {name} has SyncBN layers, but norm_eval=True keeps '
+                'them in evaluation mode, where they synchronise nothing: set '
+                f'norm_eval=False in {name}, or use BN')
+
+    def after_train_iter(self,
+                         runner: Runner,
+                         batch_idx: int,
+                         data_batch: Any = None,
+                         outputs: Optional[dict] = None) -> None:
+        """Publish the scalars of the iteration."""
+        wrapper = runner.optim_wrapper
+        scalars: Dict[str, float] = {}
+        for name in wrapper.modules:
+            scalars[f'{name}/variance'] = wrapper.variance[name]
+            scalars[f'{name}/lr_scale'] = wrapper.lr_scale[name]
+        scalars['measured'] = wrapper.measured
+        scalars['skipped'] = wrapper.skipped
+        for name, value in scalars.items():
+            # resumed=False: or the whole series would go into checkpoints
+            runner.message_hub.update_scalar(
+                f'train/agvm/{name}', value, resumed=False)
+
+
+def images_per_rank(dataloader: DataLoader) -> int:
+    """Images that a data loader hands to a rank at once."""
+    sampler = getattr(dataloader, 'batch_sampler', None)
+    return int(
+        getattr(sampler, 'batch_size', None) or dataloader.batch_size or 1)
+
+
+def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
+    """What AGVM will do in this run, in lines for its log."""
+    batch = wrapper.batch
+    batch_size = (
+        batch['ranks'] * batch['images_per_rank'] *
+        batch['accumulative_counts'])
+    optimizer = type(wrapper.optimizer).__name__
+    lr = wrapper.param_groups[-1].get('initial_lr',
+                                      wrapper.param_groups[-1]['lr'])
+    rule = find_rule(optimizer, type(_innermost(
+        runner.train_dataloader.dataset)).__name__)
+    advice = ('the paper has no rule for it' if rule is None else
+              f"the paper's rule gives {rule(batch_size):.4g} ({rule})")
+    until = '' if wrapper.end is None else f' to {wrapper.end}'
+    lines = [
+        f'AGVM: batch size {batch_size} = {batch["ranks"]} ranks x '
+        f'{batch["images_per_rank"]} images x {batch["accumulative_counts"]} '
+        'accumulated micro-batches',
+        f'AGVM: {optimizer} with learning rate {float(lr):.4g}; {advice}',
+        f'AGVM: measures every {wrapper.interval} updates from update '
+        f'{wrapper.begin}{until}; all modules follow {wrapper.anchor}',
+    ]
+    for module in wrapper.modules:
+        groups = [
+            group for group in wrapper.optimizer.param_groups
+            if group['module'] == module
+        ]
+        count = sum(p.numel() for group in groups for p in group['params'])
+        lines.append(f'AGVM: module {module}: {count:,} parameters in '
+                     f'{len(groups)} group(s), lr_scale '
+                     f'{wrapper.lr_scale[module]:.3f}')
+    return lines
+
+
+def useless_sync_bn(model: nn.Module) -> List[str]:
+    """Names of submodules whose ``norm_eval`` disables their SyncBN."""
+    return [
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        if getattr(module, 'norm_eval', False) and any(
+            isinstance(layer, _BatchNorm) and 'Sync' in type(layer).__name__
+            for layer in module.modules())
+    ]
+
+
+def _innermost(dataset: Any) -> Any:
+    """The data set inside wrappers such as RepeatDataset."""
+    while hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    return dataset

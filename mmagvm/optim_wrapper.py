@@ -1,0 +1,339 @@
+"""When AGVM measures, the scaled step, and the state that travels."""
+import logging
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from mmengine.logging import print_log
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from torch import Tensor, nn
+
+from .functional import modulate, split_variance
+from .grad_variance import (HalfBatches, build_halves, has_second_moment,
+                            module_norms)
+from .optim_state import regroup
+
+#: Measurements kept in a checkpoint, the newest ones.
+HISTORY_LENGTH = 10_000
+
+
+@OPTIM_WRAPPERS.register_module()
+class AGVMOptimWrapper(OptimWrapper):
+    """Scales every module's learning rate so that its gradient variance
+    follows the anchor's (AGVM, Alg. 1 and 2).
+
+    Every ``interval`` updates the variance phi = 1 - cos(G1, G2) of each
+    module is measured from the two halves of the batch, and the module's
+    multiplier becomes
+
+        mu <- ema_decay * mu + (1 - ema_decay) * ratio,
+        ratio = clip(sqrt((phi_anchor + eps) / (phi + eps)), ratio_range)
+
+    (Eq. 41, 42). Each update then steps with ``lr * mu``; afterwards every
+    learning rate is what it was, so schedulers never see mu.
+
+    Must be built by :class:`AGVMOptimWrapperConstructor`, which sorts the
+    parameters by module. Counts are in updates of the optimizer, which with
+    accumulation are fewer than iterations.
+
+    Args:
+        optimizer: Any torch optimizer. One that keeps ``exp_avg_sq`` (Adam's
+            kin) is measured on Alg. 2's modified gradients, any other on raw
+            ones.
+        accumulative_counts: Micro-batches in an update. Defaults to 1.
+        clip_grad: As in MMEngine; does not influence mu.
+        interval: tau, updates between two measurements. Defaults to 10.
+        ema_decay: alpha, weight of the old mu, in [0, 1). Defaults to 0.97.
+        begin: First update that is measured; until then mu is 1.
+            Defaults to 0.
+        end: Measuring stops before this update, mu stays. Defaults to None,
+            never.
+        anchor: The module that the others follow. Defaults to 'backbone'.
+        estimator: How phi is estimated; 'split', the paper's: one half of
+            the ranks (or micro-batches) against the other.
+        eps: Added to both variances of the ratio. Defaults to 1e-6.
+        ratio_range: Bounds of the ratio, around 1. Defaults to (0.1, 10).
+        kwargs: Of the next class in line.
+
+    Raises:
+        ValueError: A setting is wrong or cannot work with this model; the
+            message says what to write instead.
+
+    Attributes:
+        lr_scale (dict): mu of every module, by its name.
+        variance (dict): The last phi of every module; 1 until it has been
+            measured.
+        measured (int): Measurements that took effect.
+        skipped (int): Measurements dropped for being NaN or infinite.
+    """
+
+    def __init__(self,
+                 optimizer: torch.optim.Optimizer,
+                 accumulative_counts: int = 1,
+                 clip_grad: Optional[dict] = None,
+                 interval: int = 10,
+                 ema_decay: float = 0.97,
+                 begin: int = 0,
+                 end: Optional[int] = None,
+                 anchor: str = 'backbone',
+                 estimator: str = 'split',
+                 eps: float = 1e-6,
+                 ratio_range: Tuple[float, float] = (0.1, 10.0),
+                 **kwargs: Any) -> None:
+        _check_settings(interval, ema_decay, begin, end, estimator, eps,
+                        ratio_range)
+        super().__init__(
+            optimizer=optimizer,
+            accumulative_counts=accumulative_counts,
+            clip_grad=clip_grad,
+            **kwargs)
+        self.interval = interval
+        self.ema_decay = ema_decay
+        self.begin = begin
+        self.end = end
+        self.anchor = anchor
+        self.eps = eps
+        self.ratio_range = (float(ratio_range[0]), float(ratio_range[1]))
+
+        self._group_modules = _group_modules(optimizer)
+        self.modules: List[str] = list(dict.fromkeys(self._group_modules))
+        if anchor not in self.modules:
+            raise ValueError(
+                f'anchor={anchor!r} is no module with trainable parameters: '
+                f'set anchor to one of {self.modules}')
+        self.lr_scale = dict.fromkeys(self.modules, 1.0)
+        self.variance = dict.fromkeys(self.modules, 1.0)
+        self.measured = 0
+        self.skipped = 0
+        self.history: List[Tuple[int, List[float]]] = []
+        self.batch: Dict[str, int] = {}
+        #: Names of all parameters in the order of the model, frozen ones too;
+        #: set by the constructor, to read a plain optimizer's checkpoint.
+        self.parameter_names: List[str] = []
+
+        self._update = 0
+        self._halves: Optional[HalfBatches] = None
+        self._told_raw = False
+
+    @property
+    def update(self) -> int:
+        """Updates done, which is the index of the coming one."""
+        return self._update
+
+    @property
+    def world_size(self) -> int:
+        """Ranks whose gradients are averaged; 1 before training starts."""
+        return 1 if self._halves is None else self._halves.world_size
+
+    @property
+    def accumulative_counts(self) -> int:
+        """Micro-batches in an update."""
+        return int(self._accumulative_counts)
+
+    # -- when to measure
+
+    def initialize_count_status(self, model: nn.Module, init_counts: int,
+                                max_counts: int) -> None:
+        """See the base class; also the first sight of the wrapped model."""
+        super().initialize_count_status(model, init_counts, max_counts)
+        self._attach(model)
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """See the base class; also decides whether to measure this update."""
+        halves = self._attach(model)
+        if self._starts_update() and self._is_due():
+            halves.start()
+        with super().optim_context(model):
+            yield
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """See the base class."""
+        super().backward(loss, **kwargs)
+        if self._halves is not None:
+            self._halves.after_backward(
+                (self._inner_count - 1) % self.accumulative_counts + 1)
+
+    def _attach(self, model: nn.Module) -> HalfBatches:
+        if self._halves is None:
+            params = [
+                param for group in self.optimizer.param_groups
+                for param in group['params']
+            ]
+            self._halves = build_halves(model, params,
+                                        self.accumulative_counts)
+        return self._halves
+
+    def _starts_update(self) -> bool:
+        return self._inner_count % self.accumulative_counts == 0
+
+    def _is_due(self) -> bool:
+        """Whether the update that begins now is to be measured."""
+        if self._update < self.begin or (self.end is not None
+                                         and self._update >= self.end):
+            return False
+        complete = (
+            self._max_counts < 0
+            or self._inner_count + self.accumulative_counts <= self._max_counts)
+        return complete and (self._update - self.begin) % self.interval == 0
+
+    # -- the scaled step
+
+    def step(self, **kwargs: Any) -> None:
+        """Measure if it is time, then step with ``lr * mu`` (Alg. 1, 2)."""
+        if self._halves is not None and self._halves.measuring:
+            self._measure(self._halves)
+        with self._scaled_lr():
+            super().step(**kwargs)
+        self._update += 1
+
+    def _measure(self, halves: HalfBatches) -> None:
+        index = {name: i for i, name in enumerate(self.modules)}
+        norms = module_norms(
+            self.optimizer.param_groups, self.optimizer.state,
+            [index[name] for name in self._group_modules], halves.signed())
+        if not norms.isfinite().all():
+            self.skipped += 1
+            print_log(
+                f'AGVM: update {self._update} has gradients that are NaN or '
+                'infinite; lr_scale stays as it was '
+                f'({self.skipped} measurements skipped so far)',
+                logger='current',
+                level=logging.WARNING)
+            return
+        variance = split_variance(norms)
+        lr_scale = modulate(
+            torch.tensor(list(self.lr_scale.values()), dtype=torch.float64),
+            variance, index[self.anchor], self.ema_decay, self.eps,
+            self.ratio_range)
+        self.lr_scale = dict(zip(self.modules, lr_scale.tolist()))
+        measured = dict(zip(self.modules, variance.tolist()))
+        self.variance.update(
+            {name: phi for name, phi in measured.items() if phi == phi})
+        self.measured += 1
+        self.history.append((self._update, list(measured.values())))
+        del self.history[:-HISTORY_LENGTH]
+        self._tell_raw()
+
+    @contextmanager
+    def _scaled_lr(self) -> Iterator[None]:
+        """lr * mu in every group, and bit for bit the old lr afterwards."""
+        groups = self.optimizer.param_groups
+        saved = [group['lr'] for group in groups]
+        try:
+            for group, lr, module in zip(groups, saved, self._group_modules):
+                group['lr'] = lr * self.lr_scale[module]
+            yield
+        finally:
+            for group, lr in zip(groups, saved):
+                group['lr'] = lr
+
+    def _tell_raw(self) -> None:
+        state = self.optimizer.state
+        kept = set().union(*state.values()) - {'momentum_buffer'}
+        if (kept and not self._told_raw and not any(
+                has_second_moment(group, state)
+                for group in self.optimizer.param_groups)):
+            self._told_raw = True
+            print_log(
+                f'AGVM: {type(self.optimizer).__name__} keeps {sorted(kept)} '
+                'but not exp_avg_sq: its variance is measured on raw '
+                'gradients, as for SGD',
+                logger='current',
+                level=logging.INFO)
+
+    # -- the state that travels
+
+    def state_dict(self) -> Dict[str, Any]:
+        """The optimizer's state, and AGVM's under the key ``agvm``."""
+        state_dict: Dict[str, Any] = super().state_dict()
+        state_dict['agvm'] = dict(
+            update=self._update,
+            lr_scale=dict(self.lr_scale),
+            variance=dict(self.variance),
+            measured=self.measured,
+            skipped=self.skipped,
+            modules=list(self.modules),
+            history=[[update, list(phis)] for update, phis in self.history],
+            batch=dict(self.batch))
+        return state_dict
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, or a plain optimizer's state.
+
+        The optimizer's part may be grouped otherwise: by other modules, or
+        by MMEngine's default constructor. Modules that the checkpoint does
+        not know start with mu = 1, with a warning.
+
+        Raises:
+            ValueError: The checkpoint's optimizer is of another model.
+        """
+        agvm = state_dict.pop('agvm', None)
+        super().load_state_dict(
+            regroup(state_dict, self.optimizer.param_groups,
+                    self.parameter_names))
+        if agvm is None:
+            print_log(
+                'AGVM: the checkpoint has no AGVM state: every lr_scale starts '
+                f'at 1 ({self.modules}), and updates count from 0',
+                logger='current',
+                level=logging.WARNING)
+            return
+        missing = [m for m in self.modules if m not in agvm['lr_scale']]
+        unknown = [m for m in agvm['lr_scale'] if m not in self.modules]
+        if missing or unknown:
+            print_log(
+                "AGVM: the checkpoint has other modules: "
+                f'{missing} start with lr_scale 1, {unknown} are dropped',
+                logger='current',
+                level=logging.WARNING)
+        for name in self.modules:
+            self.lr_scale[name] = agvm['lr_scale'].get(name, 1.0)
+            self.variance[name] = agvm['variance'].get(name, 1.0)
+        self._update = agvm['update']
+        self.measured = agvm['measured']
+        self.skipped = agvm['skipped']
+        self.batch = dict(agvm['batch'])
+        column = {name: i for i, name in enumerate(agvm['modules'])}
+        self.history = [
+            (update,
+             [phis[column[m]] if m in column else float('nan')
+              for m in self.modules]) for update, phis in agvm['history']
+        ]
+
+
+def _group_modules(optimizer: torch.optim.Optimizer) -> List[str]:
+    """The module of every parameter group."""
+    if not all('module' in group for group in optimizer.param_groups):
+        raise ValueError(
+            'the parameters are not grouped by module: set '
+            "constructor='AGVMOptimWrapperConstructor' in optim_wrapper")
+    return [group['module'] for group in optimizer.param_groups]
+
+
+def _check_settings(interval: int, ema_decay: float, begin: int,
+                    end: Optional[int], estimator: str, eps: float,
+                    ratio_range: Tuple[float, float]) -> None:
+    """Refuse what cannot be meant."""
+    checks = [
+        (interval >= 1, f'interval={interval}',
+         'a number of updates: write 1 or more, such as 10'),
+        (0 <= ema_decay < 1, f'ema_decay={ema_decay}',
+         'the weight of the old lr_scale: write a number from 0 to below 1, '
+         'such as 0.97'),
+        (begin >= 0, f'begin={begin}', 'an update: write 0 or more'),
+        (end is None or end > begin, f'end={end}',
+         f'an update after begin={begin}: write a larger one, or None to '
+         'measure until training ends'),
+        (estimator == 'split', f'estimator={estimator!r}',
+         "an estimator: write 'split'"),
+        (eps >= 0, f'eps={eps}', 'a small number: write 0 or more, such as '
+         '1e-6'),
+        (len(ratio_range) == 2 and 0 < ratio_range[0] <= 1 <= ratio_range[-1],
+         f'ratio_range={tuple(ratio_range)}',
+         'a range (low, high) around 1: write one such as (0.1, 10.0)'),
+    ]
+    for holds, setting, expected in checks:
+        if not holds:
+            raise ValueError(f'{setting} in optim_wrapper is not {expected}')

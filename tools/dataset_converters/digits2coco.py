@@ -1,0 +1,139 @@
+"""Makes a COCO-format detection data set out of handwritten digits.
+
+The digits are scikit-learn's scans of real handwriting (UCI Optical
+Recognition of Handwritten Digits). Training images use its first 1347 scans,
+validation images the last 450, so that no scan is in both. Each image shows
+some digits, of several sizes, on a textured background.
+"""
+import argparse
+import json
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+import cv2
+import numpy as np
+from sklearn.datasets import load_digits
+
+#: Scans of each split: disjoint slices of the 1797.
+SCANS = dict(train=slice(0, 1347), val=slice(1347, 1797))
+#: Digits' heights in pixels, in an image of IMAGE_SIZE squared.
+HEIGHTS = (14, 48)
+IMAGE_SIZE = 96
+MAX_DIGITS = 5
+
+
+def draw_background(rng: np.random.Generator) -> np.ndarray:
+    """A (IMAGE_SIZE, IMAGE_SIZE, 3) texture: coloured noise of two scales."""
+    texture = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3))
+    for cells, strength in ((4, 30), (24, 18)):
+        noise = rng.normal(0, strength, (cells, cells, 3))
+        texture += cv2.resize(
+            noise, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_CUBIC)
+    return texture + rng.uniform(90, 160, 3)
+
+
+def draw_digit(scan: np.ndarray, height: int) -> np.ndarray:
+    """The ink of an 8 x 8 scan, cropped to it, ``height`` pixels high.
+
+    Returns:
+        (height, width), from 0 to 1.
+    """
+    rows, columns = np.any(scan > 0, axis=1), np.any(scan > 0, axis=0)
+    scan = scan[rows][:, columns]
+    width = max(2, round(height * scan.shape[1] / scan.shape[0]))
+    ink = cv2.resize(
+        scan / 16., (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.clip(ink, 0, 1)
+
+
+def overlaps(box: Tuple[int, ...], boxes: List[Tuple[int, ...]]) -> bool:
+    """Whether a box (x, y, width, height) covers part of another."""
+    x, y, w, h = box
+    return any(x < x2 + w2 and x2 < x + w and y < y2 + h2 and y2 < y + h
+               for x2, y2, w2, h2 in boxes)
+
+
+def draw_image(
+    scans: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+) -> Tuple[np.ndarray, List[Tuple[int, ...]], List[int]]:
+    """An image with one to MAX_DIGITS digits that do not overlap.
+
+    Returns:
+        The (IMAGE_SIZE, IMAGE_SIZE, 3) uint8 image, boxes (x, y, width,
+        height) in pixels, and the digits' labels.
+    """
+    image = draw_background(rng)
+    boxes: List[Tuple[int, ...]] = []
+    found: List[int] = []
+    for _ in range(rng.integers(1, MAX_DIGITS + 1)):
+        index = rng.integers(len(scans))
+        # uniform in the logarithm: as many small ones as large ones
+        height = int(np.exp(rng.uniform(*np.log(HEIGHTS))))
+        ink = draw_digit(scans[index], height)
+        h, w = ink.shape
+        x, y = rng.integers(IMAGE_SIZE - w), rng.integers(IMAGE_SIZE - h)
+        box = (int(x), int(y), w, h)
+        if overlaps(box, boxes):
+            continue
+        dark = rng.random() < 0.5
+        colour = rng.uniform(0, 40, 3) if dark else rng.uniform(215, 255, 3)
+        patch = image[y:y + h, x:x + w]
+        patch += ink[..., None] * (colour - patch)
+        boxes.append(box)
+        found.append(int(labels[index]))
+    image += rng.normal(0, 6, image.shape)
+    return np.clip(image, 0, 255).astype(np.uint8), boxes, found
+
+
+def make_split(out_dir: Path, split: str, num_images: int, seed: int) -> None:
+    """Write ``split``/*.png and annotations/``split``.json."""
+    digits = load_digits()
+    scans = digits.images[SCANS[split]]
+    labels = digits.target[SCANS[split]]
+    rng = np.random.default_rng([seed, sorted(SCANS).index(split)])
+    (out_dir / split).mkdir(parents=True, exist_ok=True)
+    (out_dir / 'annotations').mkdir(exist_ok=True)
+    images: List[Dict] = []
+    annotations: List[Dict] = []
+    for image_id in range(num_images):
+        image, boxes, found = draw_image(scans, labels, rng)
+        name = f'{image_id:06d}.png'
+        cv2.imwrite(str(out_dir / split / name), image)
+        images.append(
+            dict(
+                id=image_id,
+                file_name=name,
+                width=IMAGE_SIZE,
+                height=IMAGE_SIZE))
+        for box, label in zip(boxes, found):
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=image_id,
+                    category_id=label,
+                    bbox=list(box),
+                    area=box[2] * box[3],
+                    iscrowd=0))
+    categories = [dict(id=i, name=str(i)) for i in range(10)]
+    (out_dir / 'annotations' / f'{split}.json').write_text(
+        json.dumps(
+            dict(
+                images=images, annotations=annotations,
+                categories=categories)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('out_dir', type=Path, help='where the data set goes')
+    parser.add_argument('--train', type=int, default=4000, help='images')
+    parser.add_argument('--val', type=int, default=500, help='images')
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args()
+    for split, num_images in (('train', args.train), ('val', args.val)):
+        make_split(args.out_dir, split, num_images, args.seed)
+    print(f'{args.train} training and {args.val} validation images of '
+          f'handwritten digits in {args.out_dir}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,83 @@
+"""What train.py and test.py share."""
+import argparse
+import datetime
+import os
+import os.path as osp
+
+import mmengine
+import torch
+import torch.distributed as dist
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+
+import mmagvm  # noqa: F401  registers AGVM, lets torch >= 2.6 load checkpoints
+
+
+def common_parser(description: str) -> argparse.ArgumentParser:
+    """OpenMMLab's arguments that every tool takes, after the config."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file of mmdet, mmseg or mmagvm')
+    parser.add_argument('--work-dir', help='where logs and checkpoints go')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override settings of the config: key=value pairs such as '
+        'optim_wrapper.interval=5; lists as key="[a,b]" or key=a,b, without '
+        'blanks')
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='job launcher')
+    # torch.distributed.launch passes --local_rank, newer ones --local-rank
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    return parser
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config with --cfg-options, --launcher and --work-dir applied."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = osp.join('work_dirs',
+                                osp.splitext(osp.basename(args.config))[0])
+    return cfg
+
+
+def use_cpu_where_no_gpu(cfg: Config) -> None:
+    """Let ranks meet over gloo where MMEngine would need a GPU for each.
+
+    ``mmengine.dist.init_dist`` and the default model wrapper both select a
+    CUDA device. Without one the process group is made here, with the timeout
+    of ``env_cfg.dist_cfg``, and the model is wrapped without device.
+    """
+    if cfg.launcher == 'none' or get_device() != 'cpu':
+        return
+    if cfg.launcher != 'pytorch':
+        raise SystemExit(f'--launcher {cfg.launcher} needs a GPU for each '
+                         'rank, and this machine has none: use pytorch')
+    timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800)
+    dist.init_process_group(
+        'gloo', timeout=datetime.timedelta(seconds=timeout))
+    wrapper = dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False))
+    wrapper.update(cfg.get('model_wrapper_cfg') or {})
+    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
+
+
+def build_runner(cfg: Config) -> mmengine.runner.Runner:
+    """The runner that the config describes."""
+    # gloo threads and data workers compete with torch's own on a CPU
+    if not torch.cuda.is_available() and 'OMP_NUM_THREADS' in os.environ:
+        torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+    if 'runner_type' in cfg:
+        return mmengine.registry.RUNNERS.build(cfg)
+    return mmengine.runner.Runner.from_cfg(cfg)
