@@ -1,0 +1,132 @@
+"""AGVM by brute force: slow, plain, one process, written from the paper.
+
+Every rank's and micro-batch's gradient is computed by itself, both halves are
+averaged and flattened explicitly, and the optimizers are spelled out.
+"""
+from typing import Callable, Dict, List, Optional
+
+import torch
+
+Vectors = Dict[str, torch.Tensor]
+
+
+def module_of(name: str) -> str:
+    """The module of one of ToyDetector's parameters."""
+    first, second, *_ = name.split('.') + ['']
+    if first == 'roi_head':
+        return f'roi_head.{second}'
+    return first if second else 'others'
+
+
+class Oracle:
+    """Trains ``model`` as ``ranks`` ranks with ``accumulation`` would."""
+
+    def __init__(self,
+                 model: torch.nn.Module,
+                 make_batch: Callable[[int, int, int], torch.Tensor],
+                 ranks: int = 1,
+                 accumulation: int = 1,
+                 optimizer: str = 'SGD',
+                 interval: int = 10,
+                 ema_decay: float = 0.97,
+                 begin: int = 0,
+                 eps: float = 1e-6,
+                 ratio_range=(0.1, 10.),
+                 anchor: str = 'backbone') -> None:
+        self.params = dict(model.named_parameters())
+        self.model = model
+        self.make_batch = make_batch
+        self.ranks = ranks
+        self.accumulation = accumulation
+        self.optimizer = optimizer
+        self.interval, self.begin = interval, begin
+        self.ema_decay, self.eps = ema_decay, eps
+        self.ratio_range, self.anchor = ratio_range, anchor
+        self.t = 0
+        self.modules = list(dict.fromkeys(map(module_of, self.params)))
+        self.mu = dict.fromkeys(self.modules, 1.)
+        self.phi: Dict[str, float] = {}
+        self.state: Dict[str, dict] = {name: {} for name in self.params}
+
+    def gradient(self, rank: int, micro_batch: int) -> Vectors:
+        self.model.zero_grad(set_to_none=True)
+        self.model(self.make_batch(self.t, rank, micro_batch)).backward()
+        return {
+            name: p.grad.clone()
+            for name, p in self.params.items() if p.grad is not None
+        }
+
+    def update(self) -> None:
+        samples: List[Vectors] = []  # one per rank, or per micro-batch
+        for rank in range(self.ranks):
+            parts = [
+                self.gradient(rank, k) for k in range(self.accumulation)
+            ]
+            samples += parts if self.ranks == 1 else [mean(parts)]
+        g = mean(samples)
+        if self.t >= self.begin and (self.t - self.begin) % self.interval == 0:
+            if self.ranks > 1:
+                self.measure(g, mean(samples[::2]), mean(samples[1::2]))
+            else:
+                half = self.accumulation // 2
+                self.measure(g, mean(samples[:half]), mean(samples[half:]))
+        for name, grad in g.items():
+            self.step(name, grad)
+        self.t += 1
+
+    def measure(self, g: Vectors, g1: Vectors, g2: Vectors) -> None:
+        for module in self.modules:
+            flat: List[List[torch.Tensor]] = [[], []]
+            for name in g:
+                if module_of(name) != module:
+                    continue
+                divisor = 1.
+                if self.optimizer == 'AdamW':
+                    v = self.state[name].get('v', torch.zeros_like(g[name]))
+                    v = 0.999 * v + 0.001 * g[name]**2
+                    divisor = v.sqrt() + 1e-8
+                for half, vector in zip(flat, (g1, g2)):
+                    part = vector.get(name, torch.zeros_like(g[name]))
+                    half.append((part / divisor).flatten())
+            phi: Optional[float] = None
+            if flat[0]:
+                a, b = torch.cat(flat[0]), torch.cat(flat[1])
+                if a.norm() > 0 and b.norm() > 0:
+                    phi = (1 - a @ b / (a.norm() * b.norm())).item()
+            if phi is None:
+                self.phi.pop(module, None)
+            else:
+                self.phi[module] = phi
+        if self.anchor not in self.phi:
+            return
+        for module in self.phi:
+            ratio = ((self.phi[self.anchor] + self.eps) /
+                     (self.phi[module] + self.eps))**0.5
+            ratio = min(max(ratio, self.ratio_range[0]), self.ratio_range[1])
+            self.mu[module] = self.ema_decay * self.mu[module] \
+                + (1 - self.ema_decay) * ratio
+
+    @torch.no_grad()
+    def step(self, name: str, g: torch.Tensor) -> None:
+        p, state, mu = self.params[name], self.state[name], \
+            self.mu[module_of(name)]
+        if self.optimizer == 'SGD':
+            g = g + 1e-2 * p
+            state['m'] = 0.9 * state['m'] + g if 'm' in state else g
+            p -= 0.05 * mu * state['m']
+            return
+        n = state['n'] = state.get('n', 0) + 1
+        state['m'] = 0.9 * state.get('m', 0) + 0.1 * g
+        state['v'] = 0.999 * state.get('v', 0) + 0.001 * g**2
+        m = state['m'] / (1 - 0.9**n)
+        v = state['v'] / (1 - 0.999**n)
+        p -= 0.01 * mu * (m / (v.sqrt() + 1e-8) + 0.05 * p)
+
+
+def mean(vectors: List[Vectors]) -> Vectors:
+    """The mean of gradients; one that a vector lacks is zero there."""
+    names = dict.fromkeys(name for vector in vectors for name in vector)
+    return {
+        name: sum(v[name] for v in vectors if name in v) / len(vectors)
+        for name in names
+    }
