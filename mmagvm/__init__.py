@@ -3,6 +3,7 @@
 Importing this registers everything in MMEngine's root registries; neither
 mmdet nor mmseg is imported.
 """
+
 from .compat import allow_checkpoints, check_versions
 from .hook import AGVMHook
 from .lr_scaling import RULES, LRRule, find_rule
@@ -14,6 +15,11 @@ check_versions()
 allow_checkpoints()
 
 __all__ = [
-    'AGVMHook', 'AGVMOptimWrapper', 'AGVMOptimWrapperConstructor', 'LRRule',
-    'RULES', '__version__', 'find_rule'
+    'AGVMHook',
+    'AGVMOptimWrapper',
+    'AGVMOptimWrapperConstructor',
+    'LRRule',
+    'RULES',
+    '__version__',
+    'find_rule',
 ]

@@ -1,4 +1,5 @@
 """What the hosting MMEngine and torch must have, checked and mended."""
+
 from pickle import UnpicklingError
 from typing import Any, Callable
 
@@ -9,7 +10,8 @@ try:
 except ImportError as error:
     raise ImportError(
         'mmagvm needs MMEngine, which comes with OpenMMLab or with its onedl '
-        "fork: pip install 'mmagvm[openmmlab]'") from error
+        "fork: pip install 'mmagvm[openmmlab]'"
+    ) from error
 import numpy as np
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import digit_version
@@ -22,13 +24,15 @@ STATISTICS = ('min', 'max', 'current', 'mean')
 
 def check_versions() -> None:
     """Raise ImportError if the host is older than what was developed for."""
-    for name, version, minimum in (('mmengine', mmengine.__version__,
-                                    MMENGINE_MINIMUM),
-                                   ('torch', torch.__version__,
-                                    TORCH_MINIMUM)):
+    for name, version, minimum in (
+        ('mmengine', mmengine.__version__, MMENGINE_MINIMUM),
+        ('torch', torch.__version__, TORCH_MINIMUM),
+    ):
         if digit_version(version) < digit_version(minimum):
-            raise ImportError(f'mmagvm needs {name} >= {minimum}, but '
-                              f'{version} is installed: upgrade {name}')
+            raise ImportError(
+                f'mmagvm needs {name} >= {minimum}, but '
+                f'{version} is installed: upgrade {name}'
+            )
 
 
 def allow_checkpoints() -> None:
@@ -41,17 +45,23 @@ def allow_checkpoints() -> None:
     """
     if digit_version(torch.__version__) < digit_version('2.6.0'):
         return
-    array, scalar = (value.__reduce__()[0]
-                     for value in (np.zeros(1), np.float64(0)))
-    torch.serialization.add_safe_globals([
-        HistoryBuffer, np.ndarray, np.dtype, array, scalar,
-        *(type(np.dtype(kind)) for kind in ('f4', 'f8', 'i4', 'i8', 'b1')),
-        # written by numpy 1, which had them elsewhere
-        (array, 'numpy.core.multiarray._reconstruct'),
-        (scalar, 'numpy.core.multiarray.scalar'),
-        # getattr itself would open every door
-        (_statistics_method, 'builtins.getattr'),
-    ])
+    array: Any = np.zeros(1).__reduce__()[0]
+    scalar: Any = np.float64(0).__reduce__()[0]
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            np.ndarray,
+            np.dtype,
+            array,
+            scalar,
+            *(type(np.dtype(kind)) for kind in ('f4', 'f8', 'i4', 'i8', 'b1')),
+            # written by numpy 1, which had them elsewhere
+            (array, 'numpy.core.multiarray._reconstruct'),
+            (scalar, 'numpy.core.multiarray.scalar'),
+            # getattr itself would open every door
+            (_statistics_method, 'builtins.getattr'),
+        ]
+    )
 
 
 def _statistics_method(owner: Any, name: str) -> Callable[..., Any]:
@@ -59,5 +69,6 @@ def _statistics_method(owner: Any, name: str) -> Callable[..., Any]:
     if owner is not HistoryBuffer or name not in STATISTICS:
         raise UnpicklingError(
             f'the checkpoint asks for {name!r} of {owner!r}, which no '
-            'MMEngine checkpoint contains: it may be malicious')
+            'MMEngine checkpoint contains: it may be malicious'
+        )
     return getattr(HistoryBuffer, name)  # type: ignore[no-any-return]

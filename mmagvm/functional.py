@@ -16,14 +16,14 @@ alpha     ema_decay     weight of the old mu in the moving average (Eq. 42)
 v_t       exp_avg_sq    Adam's second moment, this update's gradient included
 ========  ============  =====================================================
 """
-from typing import List, Sequence, Tuple
+
+from typing import List, Tuple
 
 import torch
 from torch import Tensor
 
 
-def half_batch_norms(total: Sequence[Tensor],
-                     signed: Sequence[Tensor]) -> Tensor:
+def half_batch_norms(total: List[Tensor], signed: List[Tensor]) -> Tensor:
     """Everything that :func:`split_variance` needs, from one pass.
 
     Args:
@@ -37,17 +37,19 @@ def half_batch_norms(total: Sequence[Tensor],
     total, signed = _at_least_float32(total), _at_least_float32(signed)
     first = torch._foreach_add(total, signed)
     second = torch._foreach_sub(total, signed)
-    return torch.stack([
-        torch.stack(torch._foreach_norm(part)).double().square().sum()
-        for part in (total, signed, first, second)
-    ])
+    return torch.stack(
+        [
+            torch.stack(torch._foreach_norm(part)).double().square().sum()
+            for part in (total, signed, first, second)
+        ]
+    )
 
 
 def split_variance(norms: Tensor) -> Tensor:
     """phi = 1 - cos(G1, G2) of every module (Eq. 2).
 
     G1 and G2 are (S + D) / 2 and (S - D) / 2, so their product is
-    (\\|S\\|^2 - \\|D\\|^2) / 4 and norms are enough.
+    (|S|^2 - |D|^2) / 4 and norms are enough.
 
     Args:
         norms: (h, 4), the rows of :func:`half_batch_norms`.
@@ -61,8 +63,9 @@ def split_variance(norms: Tensor) -> Tensor:
     return (1 - cosine).clamp(0, 2)
 
 
-def adam_divisor(grads: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-                 beta2: float, eps: float) -> List[Tensor]:
+def adam_divisor(
+    grads: List[Tensor], exp_avg_sqs: List[Tensor], beta2: float, eps: float
+) -> List[Tensor]:
     """sqrt(v_t) + eps, by which Alg. 2 divides G1 and G2 before the cosine.
 
     v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2 as the optimizer is about to
@@ -82,9 +85,14 @@ def adam_divisor(grads: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     return list(divisor)
 
 
-def modulate(lr_scale: Tensor, variance: Tensor, anchor: int,
-             ema_decay: float, eps: float,
-             ratio_range: Tuple[float, float]) -> Tensor:
+def modulate(
+    lr_scale: Tensor,
+    variance: Tensor,
+    anchor: int,
+    ema_decay: float,
+    eps: float,
+    ratio_range: Tuple[float, float],
+) -> Tensor:
     """The new mu of every module, from its old one and the measured phi.
 
     ratio_i = sqrt((phi_anchor + eps) / (phi_i + eps))           (Eq. 41)
@@ -108,6 +116,6 @@ def modulate(lr_scale: Tensor, variance: Tensor, anchor: int,
     return torch.where(ratio.isnan(), lr_scale, averaged)
 
 
-def _at_least_float32(tensors: Sequence[Tensor]) -> List[Tensor]:
+def _at_least_float32(tensors: List[Tensor]) -> List[Tensor]:
     # a norm of bfloat16 gradients would itself be a bfloat16: three digits
     return [t.float() if t.dtype.itemsize < 4 else t for t in tensors]

@@ -4,6 +4,7 @@ Two sources of halves, one contract (:class:`HalfBatches`): the ranks of a
 data-parallel run, and the accumulated micro-batches of a single one.
 The only user of torch.distributed in this package.
 """
+
 from abc import ABC, abstractmethod
 from typing import Any, Dict, List, Sequence, Tuple
 
@@ -77,14 +78,17 @@ class RankHalves(HalfBatches):
                 'AGVM measures in the communication hook of '
                 'DistributedDataParallel, which has place for one, and this '
                 'model has one already (fp16 or bf16 compression, PowerSGD?): '
-                f'remove its register_comm_hook call ({error})') from error
+                f'remove its register_comm_hook call ({error})'
+            ) from error
 
     def start(self) -> None:
         super().start()
         self._pending.clear()
 
     def all_reduce(
-            self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        self,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
         """Average a bucket over the ranks; if measuring, sum it with signs."""
         # DDP multiplies by the reciprocal too: dividing would round otherwise
         buffer = bucket.buffer().mul_(1 / self.world_size)
@@ -93,14 +97,23 @@ class RankHalves(HalfBatches):
         if signed is not None:
             views = [
                 signed.as_strided(
-                    grad.size(), grad.stride(),
-                    grad.storage_offset() - buffer.storage_offset())
+                    grad.size(),
+                    grad.stride(),
+                    grad.storage_offset() - buffer.storage_offset(),
+                )
                 for grad in bucket.gradients()
             ]
             self._pending.append(
-                (dist.all_reduce(signed, group=self.group, async_op=True),
-                 bucket.parameters(), views))
-        return work.get_future().then(lambda future: future.value()[0])
+                (
+                    dist.all_reduce(signed, group=self.group, async_op=True),
+                    bucket.parameters(),
+                    views,
+                )
+            )
+        future: torch.futures.Future[Tensor] = work.get_future().then(
+            lambda done: done.value()[0]
+        )
+        return future
 
     def signed(self) -> Dict[Tensor, Tensor]:
         signed: Dict[Tensor, Tensor] = {}
@@ -113,8 +126,9 @@ class RankHalves(HalfBatches):
 
 
 def _all_reduce_bucket(
-        halves: RankHalves,
-        bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    halves: RankHalves,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     # DDP asks for a function whose second parameter has this name
     return halves.all_reduce(bucket)
 
@@ -130,8 +144,9 @@ class MicroBatchHalves(HalfBatches):
         accumulative_counts: K, 2 or more.
     """
 
-    def __init__(self, params: Sequence[Tensor],
-                 accumulative_counts: int) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], accumulative_counts: int
+    ) -> None:
         super().__init__()
         self.params = params
         self.first_half = accumulative_counts // 2
@@ -145,7 +160,8 @@ class MicroBatchHalves(HalfBatches):
         if self.measuring and micro_batch == self.first_half:
             self._snapshot = {
                 param: param.grad.clone()
-                for param in self.params if param.grad is not None
+                for param in self.params
+                if param.grad is not None
             }
 
     def signed(self) -> Dict[Tensor, Tensor]:
@@ -154,19 +170,20 @@ class MicroBatchHalves(HalfBatches):
         self.measuring = False
         if not snapshot:
             return {}
-        params = [param for param in self.params if param.grad is not None]
-        totals = [param.grad for param in params]
+        grads = {p: p.grad for p in self.params if p.grad is not None}
+        totals = list(grads.values())
         firsts = [
             snapshot[param] if param in snapshot else torch.zeros_like(total)
-            for param, total in zip(params, totals)
+            for param, total in grads.items()
         ]
         torch._foreach_mul_(firsts, 2)
         torch._foreach_sub_(firsts, totals)
-        return dict(zip(params, firsts))
+        return dict(zip(grads, firsts))
 
 
-def build_halves(model: nn.Module, params: Sequence[Tensor],
-                 accumulative_counts: int) -> HalfBatches:
+def build_halves(
+    model: nn.Module, params: Sequence[Tensor], accumulative_counts: int
+) -> HalfBatches:
     """The source of halves that fits how ``model`` is trained.
 
     Args:
@@ -178,17 +195,22 @@ def build_halves(model: nn.Module, params: Sequence[Tensor],
         ValueError: AGVM cannot measure in this setting; says what can.
     """
     wrappers = {cls.__name__ for cls in type(model).__mro__}
-    for name in ('DeepSpeedEngine', 'MMDeepSpeedEngineWrapper',
-                 'FullyShardedDataParallel'):
+    for name in (
+        'DeepSpeedEngine',
+        'MMDeepSpeedEngineWrapper',
+        'FullyShardedDataParallel',
+    ):
         if name in wrappers:
             raise ValueError(
                 f'AGVM does not support {name}, which keeps gradients and '
                 'optimizer in shards of its own: train with '
-                'MMDistributedDataParallel')
+                'MMDistributedDataParallel'
+            )
     if any(type(param).__name__ == 'DTensor' for param in params):
         raise ValueError(
             'AGVM does not support sharded parameters (fully_shard): train '
-            'with MMDistributedDataParallel')
+            'with MMDistributedDataParallel'
+        )
     if isinstance(model, DistributedDataParallel):
         if dist.get_world_size(model.process_group) > 1:
             return RankHalves(model)
@@ -196,19 +218,24 @@ def build_halves(model: nn.Module, params: Sequence[Tensor],
         raise ValueError(
             f'AGVM measures in the gradient reduction of DistributedData'
             f'Parallel, but with {dist.get_world_size()} ranks the model is '
-            f'a {type(model).__name__}: train with MMDistributedDataParallel')
+            f'a {type(model).__name__}: train with MMDistributedDataParallel'
+        )
     if accumulative_counts < 2:
         raise ValueError(
             'AGVM compares two halves of the batch, and one rank with '
             f'accumulative_counts={accumulative_counts} has only one part: '
             'train on 2 or more ranks, or set accumulative_counts=2 or more '
-            'in optim_wrapper')
+            'in optim_wrapper'
+        )
     return MicroBatchHalves(params, accumulative_counts)
 
 
-def module_norms(param_groups: Sequence[Dict[str, Any]],
-                 state: Dict[Tensor, Any], modules: Sequence[int],
-                 signed: Dict[Tensor, Tensor]) -> Tensor:
+def module_norms(
+    param_groups: Sequence[Dict[str, Any]],
+    state: Dict[Tensor, Any],
+    modules: Sequence[int],
+    signed: Dict[Tensor, Tensor],
+) -> Tensor:
     """The norms of every module's halves, in one device-to-host transfer.
 
     Summed over parameters in the order of the groups, never of DDP's buckets,
@@ -227,18 +254,23 @@ def module_norms(param_groups: Sequence[Dict[str, Any]],
     """
     device = param_groups[0]['params'][0].device
     norms = torch.zeros(
-        max(modules) + 1, 4, dtype=torch.float64, device=device)
+        max(modules) + 1, 4, dtype=torch.float64, device=device
+    )
     for group, module in zip(param_groups, modules):
-        params = [p for p in group['params'] if p in signed]
-        params = [p for p in params if p.grad is not None]
+        params = [
+            p for p in group['params'] if p in signed and p.grad is not None
+        ]
         if not params:
             continue
         totals: List[Tensor] = [p.grad for p in params]
         signs = [signed[p] for p in params]
         if has_second_moment(group, state):
             divisor = adam_divisor(
-                totals, [_exp_avg_sq(state, p) for p in params],
-                float(group['betas'][1]), float(group['eps']))
+                totals,
+                [_exp_avg_sq(state, p) for p in params],
+                float(group['betas'][1]),
+                float(group['eps']),
+            )
             totals = list(torch._foreach_div(totals, divisor))
             signs = list(torch._foreach_div(signs, divisor))
         norms[module] += half_batch_norms(totals, signs)
@@ -260,6 +292,7 @@ def has_second_moment(group: Dict[str, Any], state: Dict[Tensor, Any]) -> bool:
 
 def _exp_avg_sq(state: Dict[Tensor, Any], param: Tensor) -> Tensor:
     values = state.get(param)  # get: optimizer.state makes entries on demand
-    if values and 'exp_avg_sq' in values:
-        return values['exp_avg_sq']
-    return torch.zeros_like(param)
+    if not values or 'exp_avg_sq' not in values:
+        return torch.zeros_like(param)
+    exp_avg_sq: Tensor = values['exp_avg_sq']
+    return exp_avg_sq

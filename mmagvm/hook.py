@@ -1,5 +1,5 @@
 """Start-up checks and what is logged; no maths."""
-import logging
+
 from typing import Any, Dict, List, Optional
 
 from mmengine.hooks import Hook
@@ -39,15 +39,18 @@ class AGVMHook(Hook):
                 f'{type(wrapper).__name__}, which does not modulate anything '
                 '(did --amp or --cfg-options replace optim_wrapper.type, or '
                 'DeepSpeed the optimizer?): set '
-                "optim_wrapper.type='AGVMOptimWrapper', or remove AGVMHook")
+                "optim_wrapper.type='AGVMOptimWrapper', or remove AGVMHook"
+            )
         batch = dict(
             ranks=wrapper.world_size,
             images_per_rank=images_per_rank(runner.train_dataloader),
-            accumulative_counts=wrapper.accumulative_counts)
+            accumulative_counts=wrapper.accumulative_counts,
+        )
         if wrapper.batch and wrapper.batch != batch:
             runner.logger.warning(
                 f'AGVM: the checkpoint was trained with {wrapper.batch}, this '
-                f'run has {batch}; lr_scale goes on from where it was')
+                f'run has {batch}; lr_scale goes on from where it was'
+            )
         wrapper.batch = batch
         for line in describe(wrapper, runner):
             runner.logger.info(line)
@@ -55,13 +58,16 @@ class AGVMHook(Hook):
             runner.logger.warning(
                 f'AGVM: {name} has SyncBN layers, but norm_eval=True keeps '
                 'them in evaluation mode, where they synchronise nothing: set '
-                f'norm_eval=False in {name}, or use BN')
+                f'norm_eval=False in {name}, or use BN'
+            )
 
-    def after_train_iter(self,
-                         runner: Runner,
-                         batch_idx: int,
-                         data_batch: Any = None,
-                         outputs: Optional[dict] = None) -> None:
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Optional[Dict[str, Any]] = None,
+    ) -> None:
         """Publish the scalars of the iteration."""
         wrapper = runner.optim_wrapper
         scalars: Dict[str, float] = {}
@@ -73,29 +79,38 @@ class AGVMHook(Hook):
         for name, value in scalars.items():
             # resumed=False: or the whole series would go into checkpoints
             runner.message_hub.update_scalar(
-                f'train/agvm/{name}', value, resumed=False)
+                f'train/agvm/{name}', value, resumed=False
+            )
 
 
-def images_per_rank(dataloader: DataLoader) -> int:
+def images_per_rank(dataloader: 'DataLoader[Any]') -> int:
     """Images that a data loader hands to a rank at once."""
     sampler = getattr(dataloader, 'batch_sampler', None)
     return int(
-        getattr(sampler, 'batch_size', None) or dataloader.batch_size or 1)
+        getattr(sampler, 'batch_size', None) or dataloader.batch_size or 1
+    )
 
 
 def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
     """What AGVM will do in this run, in lines for its log."""
     batch = wrapper.batch
     batch_size = (
-        batch['ranks'] * batch['images_per_rank'] *
-        batch['accumulative_counts'])
+        batch['ranks']
+        * batch['images_per_rank']
+        * batch['accumulative_counts']
+    )
     optimizer = type(wrapper.optimizer).__name__
-    lr = wrapper.param_groups[-1].get('initial_lr',
-                                      wrapper.param_groups[-1]['lr'])
-    rule = find_rule(optimizer, type(_innermost(
-        runner.train_dataloader.dataset)).__name__)
-    advice = ('the paper has no rule for it' if rule is None else
-              f"the paper's rule gives {rule(batch_size):.4g} ({rule})")
+    lr = wrapper.param_groups[-1].get(
+        'initial_lr', wrapper.param_groups[-1]['lr']
+    )
+    rule = find_rule(
+        optimizer, type(_innermost(runner.train_dataloader.dataset)).__name__
+    )
+    advice = (
+        'the paper has no rule for it'
+        if rule is None
+        else f"the paper's rule gives {rule(batch_size):.4g} ({rule})"
+    )
     until = '' if wrapper.end is None else f' to {wrapper.end}'
     lines = [
         f'AGVM: batch size {batch_size} = {batch["ranks"]} ranks x '
@@ -107,13 +122,16 @@ def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
     ]
     for module in wrapper.modules:
         groups = [
-            group for group in wrapper.optimizer.param_groups
+            group
+            for group in wrapper.optimizer.param_groups
             if group['module'] == module
         ]
         count = sum(p.numel() for group in groups for p in group['params'])
-        lines.append(f'AGVM: module {module}: {count:,} parameters in '
-                     f'{len(groups)} group(s), lr_scale '
-                     f'{wrapper.lr_scale[module]:.3f}')
+        lines.append(
+            f'AGVM: module {module}: {count:,} parameters in '
+            f'{len(groups)} group(s), lr_scale '
+            f'{wrapper.lr_scale[module]:.3f}'
+        )
     return lines
 
 
@@ -122,9 +140,11 @@ def useless_sync_bn(model: nn.Module) -> List[str]:
     return [
         name or type(model).__name__
         for name, module in model.named_modules()
-        if getattr(module, 'norm_eval', False) and any(
+        if getattr(module, 'norm_eval', False)
+        and any(
             isinstance(layer, _BatchNorm) and 'Sync' in type(layer).__name__
-            for layer in module.modules())
+            for layer in module.modules()
+        )
     ]
 
 

@@ -1,6 +1,7 @@
 """The paper's learning-rate rule: how a recipe's rate grows with the batch."""
+
+import math
 from dataclasses import dataclass
-from math import log2, sqrt
 from typing import Dict, Optional, Tuple
 
 
@@ -15,6 +16,7 @@ class LRRule:
         knee: Batch size at which linear growth ends.
         growth: Factor for each doubling of the batch beyond the knee.
     """
+
     base_lr: float
     base_batch_size: int
     knee: int
@@ -22,20 +24,24 @@ class LRRule:
 
     def __call__(self, batch_size: int) -> float:
         """The learning rate for a batch of ``batch_size`` images."""
-        linear = self.base_lr * min(batch_size, self.knee) \
-            / self.base_batch_size
-        return linear * self.growth**max(0., log2(batch_size / self.knee))
+        linear = (
+            self.base_lr * min(batch_size, self.knee) / self.base_batch_size
+        )
+        doublings = max(0.0, math.log2(batch_size / self.knee))
+        return linear * math.pow(self.growth, doublings)
 
     def __str__(self) -> str:
-        return (f'{self.base_lr:g} at {self.base_batch_size}, linear up to '
-                f'{self.knee}, then x {self.growth:.3f} per doubling')
+        return (
+            f'{self.base_lr:g} at {self.base_batch_size}, linear up to '
+            f'{self.knee}, then x {self.growth:.3f} per doubling'
+        )
 
 
 #: By optimizer and data set (appendix A.5.1, tables 1 to 3).
 RULES: Dict[Tuple[str, str], LRRule] = {
-    ('SGD', 'COCO'): LRRule(0.02, 16, 128, sqrt(2)),
-    ('SGD', 'ADE20K'): LRRule(0.01, 32, 256, sqrt(2)),
-    ('AdamW', 'COCO'): LRRule(2e-4, 32, 128, sqrt(1.5)),
+    ('SGD', 'COCO'): LRRule(0.02, 16, 128, math.sqrt(2)),
+    ('SGD', 'ADE20K'): LRRule(0.01, 32, 256, math.sqrt(2)),
+    ('AdamW', 'COCO'): LRRule(2e-4, 32, 128, math.sqrt(1.5)),
 }
 
 

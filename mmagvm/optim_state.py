@@ -1,12 +1,16 @@
 """Reads an optimizer's state into parameter groups that are cut otherwise."""
+
 from itertools import chain
 from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 
 
-def regroup(state_dict: Dict[str, Any], param_groups: Sequence[Dict[str, Any]],
-            parameter_names: Sequence[str]) -> Dict[str, Any]:
+def regroup(
+    state_dict: Dict[str, Any],
+    param_groups: Sequence[Dict[str, Any]],
+    parameter_names: Sequence[str],
+) -> Dict[str, Any]:
     """Sort a saved optimizer state into ``param_groups``, by parameter name.
 
     Args:
@@ -40,11 +44,14 @@ def regroup(state_dict: Dict[str, Any], param_groups: Sequence[Dict[str, Any]],
         start = sum(len(done['params']) for done in groups)
         params = range(start, start + len(group['params']))
         known = [name for name in group['param_names'] if name in saved]
-        groups.append({
-            **(saved[known[0]][1] if known else group), 'params': list(params),
-            'param_names': group['param_names'],
-            'module': group['module']
-        })
+        groups.append(
+            {
+                **(saved[known[0]][1] if known else group),
+                'params': list(params),
+                'param_names': group['param_names'],
+                'module': group['module'],
+            }
+        )
         for param, name in zip(params, group['param_names']):
             if name in saved and saved[name][0] in state_dict['state']:
                 state[param] = state_dict['state'][saved[name][0]]
@@ -53,15 +60,18 @@ def regroup(state_dict: Dict[str, Any], param_groups: Sequence[Dict[str, Any]],
     if len(groups) > 1:
         # MMEngine's stand-in group, whose lr is the one that schedulers and
         # logs show; a run with a single group saved none
-        regrouped.setdefault('base_param_settings', {
-            **saved_groups[0], 'params': torch.tensor([0.0])
-        })
+        regrouped.setdefault(
+            'base_param_settings',
+            {**saved_groups[0], 'params': torch.tensor([0.0])},
+        )
     return regrouped
 
 
-def _saved_names(saved_groups: Sequence[Dict[str, Any]],
-                 param_groups: Sequence[Dict[str, Any]],
-                 parameter_names: Sequence[str]) -> List[Sequence[str]]:
+def _saved_names(
+    saved_groups: Sequence[Dict[str, Any]],
+    param_groups: Sequence[Dict[str, Any]],
+    parameter_names: Sequence[str],
+) -> List[Sequence[str]]:
     """The parameter names of every saved group."""
     if all('param_names' in group for group in saved_groups):
         return [group['param_names'] for group in saved_groups]
@@ -71,10 +81,12 @@ def _saved_names(saved_groups: Sequence[Dict[str, Any]],
     for order in (parameter_names, trainable):
         if len(order) == count:
             rest = iter(order)
-            return [[next(rest) for _ in group['params']]
-                    for group in saved_groups]
+            return [
+                [next(rest) for _ in group['params']] for group in saved_groups
+            ]
     raise ValueError(
-        f'the checkpoint\'s optimizer has {count} parameters without names, '
+        f"the checkpoint's optimizer has {count} parameters without names, "
         f'this model has {len(parameter_names)}, of which {len(trainable)} '
         'are trained: it is of another model, or was frozen elsewhere; load '
-        'its weights alone with load_from and resume=False')
+        'its weights alone with load_from and resume=False'
+    )

@@ -1,4 +1,5 @@
 """When AGVM measures, the scaled step, and the state that travels."""
+
 import logging
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -10,8 +11,12 @@ from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 
 from .functional import modulate, split_variance
-from .grad_variance import (HalfBatches, build_halves, has_second_moment,
-                            module_norms)
+from .grad_variance import (
+    HalfBatches,
+    build_halves,
+    has_second_moment,
+    module_norms,
+)
 from .optim_state import regroup
 
 #: Measurements kept in a checkpoint, the newest ones.
@@ -68,26 +73,30 @@ class AGVMOptimWrapper(OptimWrapper):
         skipped (int): Measurements dropped for being NaN or infinite.
     """
 
-    def __init__(self,
-                 optimizer: torch.optim.Optimizer,
-                 accumulative_counts: int = 1,
-                 clip_grad: Optional[dict] = None,
-                 interval: int = 10,
-                 ema_decay: float = 0.97,
-                 begin: int = 0,
-                 end: Optional[int] = None,
-                 anchor: str = 'backbone',
-                 estimator: str = 'split',
-                 eps: float = 1e-6,
-                 ratio_range: Tuple[float, float] = (0.1, 10.0),
-                 **kwargs: Any) -> None:
-        _check_settings(interval, ema_decay, begin, end, estimator, eps,
-                        ratio_range)
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        accumulative_counts: int = 1,
+        clip_grad: Optional[Dict[str, Any]] = None,
+        interval: int = 10,
+        ema_decay: float = 0.97,
+        begin: int = 0,
+        end: Optional[int] = None,
+        anchor: str = 'backbone',
+        estimator: str = 'split',
+        eps: float = 1e-6,
+        ratio_range: Tuple[float, float] = (0.1, 10.0),
+        **kwargs: Any,
+    ) -> None:
+        _check_settings(
+            interval, ema_decay, begin, end, estimator, eps, ratio_range
+        )
         super().__init__(
             optimizer=optimizer,
             accumulative_counts=accumulative_counts,
             clip_grad=clip_grad,
-            **kwargs)
+            **kwargs,
+        )
         self.interval = interval
         self.ema_decay = ema_decay
         self.begin = begin
@@ -101,7 +110,8 @@ class AGVMOptimWrapper(OptimWrapper):
         if anchor not in self.modules:
             raise ValueError(
                 f'anchor={anchor!r} is no module with trainable parameters: '
-                f'set anchor to one of {self.modules}')
+                f'set anchor to one of {self.modules}'
+            )
         self.lr_scale = dict.fromkeys(self.modules, 1.0)
         self.variance = dict.fromkeys(self.modules, 1.0)
         self.measured = 0
@@ -133,10 +143,13 @@ class AGVMOptimWrapper(OptimWrapper):
 
     # -- when to measure
 
-    def initialize_count_status(self, model: nn.Module, init_counts: int,
-                                max_counts: int) -> None:
+    def initialize_count_status(
+        self, model: nn.Module, init_counts: int, max_counts: int
+    ) -> None:
         """See the base class; also the first sight of the wrapped model."""
         super().initialize_count_status(model, init_counts, max_counts)
+        if self._update == 0:  # resumed from a checkpoint without AGVM state
+            self._update = init_counts // self.accumulative_counts
         self._attach(model)
 
     @contextmanager
@@ -153,29 +166,34 @@ class AGVMOptimWrapper(OptimWrapper):
         super().backward(loss, **kwargs)
         if self._halves is not None:
             self._halves.after_backward(
-                (self._inner_count - 1) % self.accumulative_counts + 1)
+                (self._inner_count - 1) % self.accumulative_counts + 1
+            )
 
     def _attach(self, model: nn.Module) -> HalfBatches:
         if self._halves is None:
             params = [
-                param for group in self.optimizer.param_groups
+                param
+                for group in self.optimizer.param_groups
                 for param in group['params']
             ]
-            self._halves = build_halves(model, params,
-                                        self.accumulative_counts)
+            self._halves = build_halves(
+                model, params, self.accumulative_counts
+            )
         return self._halves
 
     def _starts_update(self) -> bool:
-        return self._inner_count % self.accumulative_counts == 0
+        return bool(self._inner_count % self.accumulative_counts == 0)
 
     def _is_due(self) -> bool:
         """Whether the update that begins now is to be measured."""
-        if self._update < self.begin or (self.end is not None
-                                         and self._update >= self.end):
+        if self._update < self.begin or (
+            self.end is not None and self._update >= self.end
+        ):
             return False
         complete = (
             self._max_counts < 0
-            or self._inner_count + self.accumulative_counts <= self._max_counts)
+            or self._inner_count + self.accumulative_counts <= self._max_counts
+        )
         return complete and (self._update - self.begin) % self.interval == 0
 
     # -- the scaled step
@@ -191,8 +209,11 @@ class AGVMOptimWrapper(OptimWrapper):
     def _measure(self, halves: HalfBatches) -> None:
         index = {name: i for i, name in enumerate(self.modules)}
         norms = module_norms(
-            self.optimizer.param_groups, self.optimizer.state,
-            [index[name] for name in self._group_modules], halves.signed())
+            self.optimizer.param_groups,
+            self.optimizer.state,
+            [index[name] for name in self._group_modules],
+            halves.signed(),
+        )
         if not norms.isfinite().all():
             self.skipped += 1
             print_log(
@@ -200,17 +221,23 @@ class AGVMOptimWrapper(OptimWrapper):
                 'infinite; lr_scale stays as it was '
                 f'({self.skipped} measurements skipped so far)',
                 logger='current',
-                level=logging.WARNING)
+                level=logging.WARNING,
+            )
             return
         variance = split_variance(norms)
         lr_scale = modulate(
             torch.tensor(list(self.lr_scale.values()), dtype=torch.float64),
-            variance, index[self.anchor], self.ema_decay, self.eps,
-            self.ratio_range)
+            variance,
+            index[self.anchor],
+            self.ema_decay,
+            self.eps,
+            self.ratio_range,
+        )
         self.lr_scale = dict(zip(self.modules, lr_scale.tolist()))
         measured = dict(zip(self.modules, variance.tolist()))
         self.variance.update(
-            {name: phi for name, phi in measured.items() if phi == phi})
+            {name: phi for name, phi in measured.items() if phi == phi}
+        )
         self.measured += 1
         self.history.append((self._update, list(measured.values())))
         del self.history[:-HISTORY_LENGTH]
@@ -218,7 +245,7 @@ class AGVMOptimWrapper(OptimWrapper):
 
     @contextmanager
     def _scaled_lr(self) -> Iterator[None]:
-        """lr * mu in every group, and bit for bit the old lr afterwards."""
+        """Put ``lr * mu`` in every group, afterwards exactly the old lr."""
         groups = self.optimizer.param_groups
         saved = [group['lr'] for group in groups]
         try:
@@ -230,18 +257,23 @@ class AGVMOptimWrapper(OptimWrapper):
                 group['lr'] = lr
 
     def _tell_raw(self) -> None:
+        """Say once if Alg. 2 might be expected but cannot be had."""
         state = self.optimizer.state
+        if self._told_raw or not any(state.values()):
+            return
+        self._told_raw = True
         kept = set().union(*state.values()) - {'momentum_buffer'}
-        if (kept and not self._told_raw and not any(
-                has_second_moment(group, state)
-                for group in self.optimizer.param_groups)):
-            self._told_raw = True
+        if kept and not any(
+            has_second_moment(group, state)
+            for group in self.optimizer.param_groups
+        ):
             print_log(
                 f'AGVM: {type(self.optimizer).__name__} keeps {sorted(kept)} '
                 'but not exp_avg_sq: its variance is measured on raw '
                 'gradients, as for SGD',
                 logger='current',
-                level=logging.INFO)
+                level=logging.INFO,
+            )
 
     # -- the state that travels
 
@@ -256,7 +288,8 @@ class AGVMOptimWrapper(OptimWrapper):
             skipped=self.skipped,
             modules=list(self.modules),
             history=[[update, list(phis)] for update, phis in self.history],
-            batch=dict(self.batch))
+            batch=dict(self.batch),
+        )
         return state_dict
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
@@ -271,23 +304,27 @@ class AGVMOptimWrapper(OptimWrapper):
         """
         agvm = state_dict.pop('agvm', None)
         super().load_state_dict(
-            regroup(state_dict, self.optimizer.param_groups,
-                    self.parameter_names))
+            regroup(
+                state_dict, self.optimizer.param_groups, self.parameter_names
+            )
+        )
         if agvm is None:
             print_log(
-                'AGVM: the checkpoint has no AGVM state: every lr_scale starts '
-                f'at 1 ({self.modules}), and updates count from 0',
+                'AGVM: the checkpoint has no AGVM state: the lr_scale of '
+                f'{self.modules} starts at 1',
                 logger='current',
-                level=logging.WARNING)
+                level=logging.WARNING,
+            )
             return
         missing = [m for m in self.modules if m not in agvm['lr_scale']]
         unknown = [m for m in agvm['lr_scale'] if m not in self.modules]
         if missing or unknown:
             print_log(
-                "AGVM: the checkpoint has other modules: "
+                'AGVM: the checkpoint has other modules: '
                 f'{missing} start with lr_scale 1, {unknown} are dropped',
                 logger='current',
-                level=logging.WARNING)
+                level=logging.WARNING,
+            )
         for name in self.modules:
             self.lr_scale[name] = agvm['lr_scale'].get(name, 1.0)
             self.variance[name] = agvm['variance'].get(name, 1.0)
@@ -297,9 +334,14 @@ class AGVMOptimWrapper(OptimWrapper):
         self.batch = dict(agvm['batch'])
         column = {name: i for i, name in enumerate(agvm['modules'])}
         self.history = [
-            (update,
-             [phis[column[m]] if m in column else float('nan')
-              for m in self.modules]) for update, phis in agvm['history']
+            (
+                update,
+                [
+                    phis[column[m]] if m in column else float('nan')
+                    for m in self.modules
+                ],
+            )
+            for update, phis in agvm['history']
         ]
 
 
@@ -308,31 +350,61 @@ def _group_modules(optimizer: torch.optim.Optimizer) -> List[str]:
     if not all('module' in group for group in optimizer.param_groups):
         raise ValueError(
             'the parameters are not grouped by module: set '
-            "constructor='AGVMOptimWrapperConstructor' in optim_wrapper")
+            "constructor='AGVMOptimWrapperConstructor' in optim_wrapper"
+        )
+    if any(group.get('lr') is None for group in optimizer.param_groups):
+        raise ValueError(
+            f'{type(optimizer).__name__} has no learning rate to scale: set '
+            'lr in optim_wrapper.optimizer'
+        )
     return [group['module'] for group in optimizer.param_groups]
 
 
-def _check_settings(interval: int, ema_decay: float, begin: int,
-                    end: Optional[int], estimator: str, eps: float,
-                    ratio_range: Tuple[float, float]) -> None:
+def _check_settings(
+    interval: int,
+    ema_decay: float,
+    begin: int,
+    end: Optional[int],
+    estimator: str,
+    eps: float,
+    ratio_range: Tuple[float, float],
+) -> None:
     """Refuse what cannot be meant."""
     checks = [
-        (interval >= 1, f'interval={interval}',
-         'a number of updates: write 1 or more, such as 10'),
-        (0 <= ema_decay < 1, f'ema_decay={ema_decay}',
-         'the weight of the old lr_scale: write a number from 0 to below 1, '
-         'such as 0.97'),
+        (
+            interval >= 1,
+            f'interval={interval}',
+            'a number of updates: write 1 or more, such as 10',
+        ),
+        (
+            0 <= ema_decay < 1,
+            f'ema_decay={ema_decay}',
+            'the weight of the old lr_scale: write a number from 0 to below '
+            '1, such as 0.97',
+        ),
         (begin >= 0, f'begin={begin}', 'an update: write 0 or more'),
-        (end is None or end > begin, f'end={end}',
-         f'an update after begin={begin}: write a larger one, or None to '
-         'measure until training ends'),
-        (estimator == 'split', f'estimator={estimator!r}',
-         "an estimator: write 'split'"),
-        (eps >= 0, f'eps={eps}', 'a small number: write 0 or more, such as '
-         '1e-6'),
-        (len(ratio_range) == 2 and 0 < ratio_range[0] <= 1 <= ratio_range[-1],
-         f'ratio_range={tuple(ratio_range)}',
-         'a range (low, high) around 1: write one such as (0.1, 10.0)'),
+        (
+            end is None or end > begin,
+            f'end={end}',
+            f'an update after begin={begin}: write a larger one, or None to '
+            'measure until training ends',
+        ),
+        (
+            estimator == 'split',
+            f'estimator={estimator!r}',
+            "an estimator: write 'split'",
+        ),
+        (
+            eps >= 0,
+            f'eps={eps}',
+            'a small number: write 0 or more, such as 1e-6',
+        ),
+        (
+            len(ratio_range) == 2
+            and 0 < ratio_range[0] <= 1 <= ratio_range[-1],
+            f'ratio_range={tuple(ratio_range)}',
+            'a range (low, high) around 1: write one such as (0.1, 10.0)',
+        ),
     ]
     for holds, setting, expected in checks:
         if not holds:

@@ -1,15 +1,19 @@
 """Sorts a model's parameters into groups, one for each (module, options)."""
+
 from typing import Any, Dict, List, Optional, Sequence
 
-from mmengine.optim import (DefaultOptimWrapperConstructor, OptimWrapper)
-from mmengine.registry import (OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS,
-                               OPTIMIZERS)
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import (
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
+    OPTIMIZERS,
+)
 from torch import nn
 
 from .optim_wrapper import AGVMOptimWrapper
 
 #: Children of a model that are opened into their own children.
-CONTAINERS = ('roi_head', )
+CONTAINERS = ('roi_head',)
 #: The module of all parameters outside every named one.
 OTHERS = 'others'
 
@@ -33,32 +37,42 @@ class AGVMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             the wrapper is not an AGVM one.
     """
 
-    def __init__(self,
-                 optim_wrapper_cfg: Dict[str, Any],
-                 paramwise_cfg: Optional[Dict[str, Any]] = None) -> None:
+    def __init__(
+        self,
+        optim_wrapper_cfg: Dict[str, Any],
+        paramwise_cfg: Optional[Dict[str, Any]] = None,
+    ) -> None:
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
         self.modules: Optional[Sequence[str]] = self.optim_wrapper_cfg.pop(
-            'modules', None)
+            'modules', None
+        )
         wrapper_type = self.optim_wrapper_cfg.get('type')
         wrapper_cls = (
             OPTIM_WRAPPERS.get(wrapper_type)
-            if isinstance(wrapper_type, str) else wrapper_type)
-        if wrapper_cls is None or not issubclass(wrapper_cls,
-                                                 AGVMOptimWrapper):
+            if isinstance(wrapper_type, str)
+            else wrapper_type
+        )
+        if wrapper_cls is None or not issubclass(
+            wrapper_cls, AGVMOptimWrapper
+        ):
             raise ValueError(
                 f'type={wrapper_type!r} in optim_wrapper does not modulate '
                 'anything, so AGVMOptimWrapperConstructor does not build it: '
-                "set type='AGVMOptimWrapper'")
+                "set type='AGVMOptimWrapper'"
+            )
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper of ``model``."""
         model = getattr(model, 'module', model)
         groups = merge_groups(
-            model, self._options_of_params(model),
-            find_modules(model) if self.modules is None else self.modules)
+            model,
+            self._options_of_params(model),
+            find_modules(model) if self.modules is None else self.modules,
+        )
         optimizer = OPTIMIZERS.build(dict(self.optimizer_cfg, params=groups))
         wrapper = OPTIM_WRAPPERS.build(
-            self.optim_wrapper_cfg, default_args=dict(optimizer=optimizer))
+            self.optim_wrapper_cfg, default_args=dict(optimizer=optimizer)
+        )
         wrapper.parameter_names = [n for n, _ in model.named_parameters()]
         return wrapper
 
@@ -81,17 +95,21 @@ def find_modules(model: nn.Module) -> List[str]:
     for name, child in model.named_children():
         children = [(name, child)]
         if name in CONTAINERS:
-            children = [(f'{name}.{inner}', grandchild)
-                        for inner, grandchild in child.named_children()]
+            children = [
+                (f'{name}.{inner}', grandchild)
+                for inner, grandchild in child.named_children()
+            ]
         found += [
-            child_name for child_name, module in children
+            child_name
+            for child_name, module in children
             if any(param.requires_grad for param in module.parameters())
         ]
     return found
 
 
-def merge_groups(model: nn.Module, groups: Sequence[Dict[str, Any]],
-                 modules: Sequence[str]) -> List[Dict[str, Any]]:
+def merge_groups(
+    model: nn.Module, groups: Sequence[Dict[str, Any]], modules: Sequence[str]
+) -> List[Dict[str, Any]]:
     """Merge single-parameter groups by (module, options).
 
     Args:
@@ -111,15 +129,16 @@ def merge_groups(model: nn.Module, groups: Sequence[Dict[str, Any]],
     names = {param: name for name, param in model.named_parameters()}
     merged: Dict[Any, Dict[str, Any]] = {}
     for group in groups:
-        param, = group['params']
+        (param,) = group['params']
         name = names.pop(param, None)
         if name is None or not param.requires_grad:
             continue
         options = {k: v for k, v in group.items() if k != 'params'}
         module = _module_of(name, modules)
-        target = merged.setdefault((module, repr(sorted(options.items()))), {
-            'params': [], 'param_names': [], 'module': module, **options
-        })
+        target = merged.setdefault(
+            (module, repr(sorted(options.items()))),
+            {'params': [], 'param_names': [], 'module': module, **options},
+        )
         target['params'].append(param)
         target['param_names'].append(name)
 
@@ -129,7 +148,8 @@ def merge_groups(model: nn.Module, groups: Sequence[Dict[str, Any]],
     if empty:
         raise ValueError(
             f'modules={list(modules)} in optim_wrapper: {empty} have no '
-            f'trainable parameters; the model has {find_modules(model)}')
+            f'trainable parameters; the model has {find_modules(model)}'
+        )
     return found
 
 

@@ -3,6 +3,7 @@
 Every rank's and micro-batch's gradient is computed by itself, both halves are
 averaged and flattened explicitly, and the optimizers are spelled out.
 """
+
 from typing import Callable, Dict, List, Optional
 
 import torch
@@ -21,18 +22,20 @@ def module_of(name: str) -> str:
 class Oracle:
     """Trains ``model`` as ``ranks`` ranks with ``accumulation`` would."""
 
-    def __init__(self,
-                 model: torch.nn.Module,
-                 make_batch: Callable[[int, int, int], torch.Tensor],
-                 ranks: int = 1,
-                 accumulation: int = 1,
-                 optimizer: str = 'SGD',
-                 interval: int = 10,
-                 ema_decay: float = 0.97,
-                 begin: int = 0,
-                 eps: float = 1e-6,
-                 ratio_range=(0.1, 10.),
-                 anchor: str = 'backbone') -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        make_batch: Callable[[int, int, int], torch.Tensor],
+        ranks: int = 1,
+        accumulation: int = 1,
+        optimizer: str = 'SGD',
+        interval: int = 10,
+        ema_decay: float = 0.97,
+        begin: int = 0,
+        eps: float = 1e-6,
+        ratio_range=(0.1, 10.0),
+        anchor: str = 'backbone',
+    ) -> None:
         self.params = dict(model.named_parameters())
         self.model = model
         self.make_batch = make_batch
@@ -44,7 +47,7 @@ class Oracle:
         self.ratio_range, self.anchor = ratio_range, anchor
         self.t = 0
         self.modules = list(dict.fromkeys(map(module_of, self.params)))
-        self.mu = dict.fromkeys(self.modules, 1.)
+        self.mu = dict.fromkeys(self.modules, 1.0)
         self.phi: Dict[str, float] = {}
         self.state: Dict[str, dict] = {name: {} for name in self.params}
 
@@ -53,15 +56,14 @@ class Oracle:
         self.model(self.make_batch(self.t, rank, micro_batch)).backward()
         return {
             name: p.grad.clone()
-            for name, p in self.params.items() if p.grad is not None
+            for name, p in self.params.items()
+            if p.grad is not None
         }
 
     def update(self) -> None:
         samples: List[Vectors] = []  # one per rank, or per micro-batch
         for rank in range(self.ranks):
-            parts = [
-                self.gradient(rank, k) for k in range(self.accumulation)
-            ]
+            parts = [self.gradient(rank, k) for k in range(self.accumulation)]
             samples += parts if self.ranks == 1 else [mean(parts)]
         g = mean(samples)
         if self.t >= self.begin and (self.t - self.begin) % self.interval == 0:
@@ -80,10 +82,10 @@ class Oracle:
             for name in g:
                 if module_of(name) != module:
                     continue
-                divisor = 1.
+                divisor = 1.0
                 if self.optimizer == 'AdamW':
                     v = self.state[name].get('v', torch.zeros_like(g[name]))
-                    v = 0.999 * v + 0.001 * g[name]**2
+                    v = 0.999 * v + 0.001 * g[name] ** 2
                     divisor = v.sqrt() + 1e-8
                 for half, vector in zip(flat, (g1, g2)):
                     part = vector.get(name, torch.zeros_like(g[name]))
@@ -100,16 +102,22 @@ class Oracle:
         if self.anchor not in self.phi:
             return
         for module in self.phi:
-            ratio = ((self.phi[self.anchor] + self.eps) /
-                     (self.phi[module] + self.eps))**0.5
+            ratio = (
+                (self.phi[self.anchor] + self.eps)
+                / (self.phi[module] + self.eps)
+            ) ** 0.5
             ratio = min(max(ratio, self.ratio_range[0]), self.ratio_range[1])
-            self.mu[module] = self.ema_decay * self.mu[module] \
-                + (1 - self.ema_decay) * ratio
+            self.mu[module] = (
+                self.ema_decay * self.mu[module] + (1 - self.ema_decay) * ratio
+            )
 
     @torch.no_grad()
     def step(self, name: str, g: torch.Tensor) -> None:
-        p, state, mu = self.params[name], self.state[name], \
-            self.mu[module_of(name)]
+        p, state, mu = (
+            self.params[name],
+            self.state[name],
+            self.mu[module_of(name)],
+        )
         if self.optimizer == 'SGD':
             g = g + 1e-2 * p
             state['m'] = 0.9 * state['m'] + g if 'm' in state else g

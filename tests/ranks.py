@@ -1,4 +1,5 @@
 """Runs a function on several gloo ranks, which meet over a file."""
+
 import datetime
 import tempfile
 from pathlib import Path
@@ -9,30 +10,38 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(world_size: int, function: Callable[..., Any],
-              *args: Any) -> List[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any
+) -> List[Any]:
     """``function(rank, world_size, *args)`` on each rank; their results.
 
     An exception on any rank is raised here, with its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(
-            _run_rank, (world_size, folder, function, args), nprocs=world_size)
+            _run_rank, (world_size, folder, function, args), nprocs=world_size
+        )
         return [
             torch.load(Path(folder) / f'{rank}.pth', weights_only=False)
             for rank in range(world_size)
         ]
 
 
-def _run_rank(rank: int, world_size: int, folder: str,
-              function: Callable[..., Any], args: tuple) -> None:
+def _run_rank(
+    rank: int,
+    world_size: int,
+    folder: str,
+    function: Callable[..., Any],
+    args: tuple,
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         'gloo',
         init_method=f'file://{folder}/store',
         rank=rank,
         world_size=world_size,
-        timeout=datetime.timedelta(seconds=60))
+        timeout=datetime.timedelta(seconds=60),
+    )
     try:
         result = function(rank, world_size, *args)
         torch.save(result, Path(folder) / f'{rank}.pth')

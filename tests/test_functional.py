@@ -1,11 +1,16 @@
 """The equations on cases that a reader can work out by hand."""
+
 import math
 
 import pytest
 import torch
 
-from mmagvm.functional import (adam_divisor, half_batch_norms, modulate,
-                               split_variance)
+from mmagvm.functional import (
+    adam_divisor,
+    half_batch_norms,
+    modulate,
+    split_variance,
+)
 
 
 def variance(first, second):
@@ -18,16 +23,20 @@ def variance(first, second):
     return split_variance(norms[None]).item()
 
 
-@pytest.mark.parametrize('second, expected', [
-    ([[3., 4.], [12.]], 0.),  # identical
-    ([[6., 8.], [24.]], 0.),  # twice as long: the cosine does not care
-    ([[-3., -4.], [-12.]], 2.),  # opposite
-    ([[4., -3.], [0.]], 1.),  # orthogonal
-    ([[0., 0.], [13.]], 1 - 12 / 13),  # in between
-])
+@pytest.mark.parametrize(
+    'second, expected',
+    [
+        ([[3.0, 4.0], [12.0]], 0.0),  # identical
+        ([[6.0, 8.0], [24.0]], 0.0),  # twice as long: the cosine does not care
+        ([[-3.0, -4.0], [-12.0]], 2.0),  # opposite
+        ([[4.0, -3.0], [0.0]], 1.0),  # orthogonal
+        ([[0.0, 0.0], [13.0]], 1 - 12 / 13),  # in between
+    ],
+)
 def test_variance_is_one_minus_cosine(second, expected):
-    assert variance([[3., 4.], [12.]], second) == pytest.approx(
-        expected, abs=1e-7)
+    assert variance([[3.0, 4.0], [12.0]], second) == pytest.approx(
+        expected, abs=1e-7
+    )
 
 
 def test_identical_halves_give_exactly_zero():
@@ -37,13 +46,13 @@ def test_identical_halves_give_exactly_zero():
 
 
 def test_variance_of_bfloat16_is_computed_in_float32():
-    total = [torch.full((300, ), 1.0, dtype=torch.bfloat16)]
+    total = [torch.full((300,), 1.0, dtype=torch.bfloat16)]
     norms = half_batch_norms(total, [torch.zeros_like(total[0])])
     # in bfloat16 the norm sqrt(300) would have been 17.25 and its square 297.6
     assert norms[0].item() == pytest.approx(300, rel=1e-6)
 
 
-@pytest.mark.parametrize('first, second', [([0.], [1.]), ([0.], [0.])])
+@pytest.mark.parametrize('first, second', [([0.0], [1.0]), ([0.0], [0.0])])
 def test_half_without_gradient_has_no_variance(first, second):
     assert math.isnan(variance([first], [second]))
 
@@ -52,56 +61,68 @@ def test_parts_of_a_module_add_up():
     torch.manual_seed(0)
     total, signed = torch.randn(2, 8), torch.randn(2, 8)
     whole = half_batch_norms([total], [signed])
-    parts = half_batch_norms([total[0]], [signed[0]]) \
-        + half_batch_norms([total[1]], [signed[1]])
+    parts = half_batch_norms([total[0]], [signed[0]]) + half_batch_norms(
+        [total[1]], [signed[1]]
+    )
     assert torch.allclose(whole, parts)
 
 
 def test_adam_divisor_includes_this_gradient():
     # v_t = 0.75 * 4 + 0.25 * 16 = 7
-    divisor, = adam_divisor([torch.tensor([4.])], [torch.tensor([4.])], 0.75,
-                            0.5)
+    (divisor,) = adam_divisor(
+        [torch.tensor([4.0])], [torch.tensor([4.0])], 0.75, 0.5
+    )
     assert divisor.item() == pytest.approx(math.sqrt(7) + 0.5)
 
 
-def modulated(phi, lr_scale=(1., 1.), ema_decay=0.75, eps=0.,
-              ratio_range=(0.1, 10.), anchor=0):
+def modulated(
+    phi,
+    lr_scale=(1.0, 1.0),
+    ema_decay=0.75,
+    eps=0.0,
+    ratio_range=(0.1, 10.0),
+    anchor=0,
+):
     return modulate(
         torch.tensor(lr_scale, dtype=torch.float64),
-        torch.tensor(phi, dtype=torch.float64), anchor, ema_decay, eps,
-        ratio_range).tolist()
+        torch.tensor(phi, dtype=torch.float64),
+        anchor,
+        ema_decay,
+        eps,
+        ratio_range,
+    ).tolist()
 
 
 def test_modules_follow_the_anchor():
     # ratio sqrt(1 / 0.25) = 2, mu = 0.75 * 1 + 0.25 * 2
-    assert modulated([1., 0.25]) == [1., 1.25]
-    assert modulated([0.25, 1.]) == [1., 0.875]
-    assert modulated([0.25, 1.], anchor=1) == [1.25, 1.]
+    assert modulated([1.0, 0.25]) == [1.0, 1.25]
+    assert modulated([0.25, 1.0]) == [1.0, 0.875]
+    assert modulated([0.25, 1.0], anchor=1) == [1.25, 1.0]
 
 
 def test_moving_average_weights_the_old_value():
-    assert modulated([1., 0.25], lr_scale=(1., 5.)) == [1., 4.25]
+    assert modulated([1.0, 0.25], lr_scale=(1.0, 5.0)) == [1.0, 4.25]
 
 
-@pytest.mark.parametrize('ema_decay', [0., 0.1, 0.3, 0.7, 0.97, 0.999])
+@pytest.mark.parametrize('ema_decay', [0.0, 0.1, 0.3, 0.7, 0.97, 0.999])
 def test_equal_variances_give_exactly_one(ema_decay):
     phis = [0.7234] * 5
-    scale = [1.] * 5
+    scale = [1.0] * 5
     for _ in range(20):
         scale = modulated(phis, scale, ema_decay, eps=1e-6)
-    assert scale == [1.] * 5
+    assert scale == [1.0] * 5
 
 
 def test_ratio_is_clipped_before_averaging():
-    assert modulated([1., 0.], ratio_range=(0.5, 3.)) == [1., 1.5]
-    assert modulated([0., 1.], ratio_range=(0.5, 3.)) == [1., 0.875]
+    assert modulated([1.0, 0.0], ratio_range=(0.5, 3.0)) == [1.0, 1.5]
+    assert modulated([0.0, 1.0], ratio_range=(0.5, 3.0)) == [1.0, 0.875]
 
 
 def test_eps_keeps_zero_variances_equal():
-    assert modulated([0., 0.], eps=1e-6) == [1., 1.]
+    assert modulated([0.0, 0.0], eps=1e-6) == [1.0, 1.0]
 
 
 def test_unmeasured_module_keeps_its_scale():
     nan = math.nan
-    assert modulated([1., nan], lr_scale=(1., 3.)) == [1., 3.]
-    assert modulated([nan, 1.], lr_scale=(1., 3.)) == [1., 3.]
+    assert modulated([1.0, nan], lr_scale=(1.0, 3.0)) == [1.0, 3.0]
+    assert modulated([nan, 1.0], lr_scale=(1.0, 3.0)) == [1.0, 3.0]

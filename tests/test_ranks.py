@@ -1,4 +1,5 @@
 """Data-parallel ranks over gloo against the oracle and against plain DDP."""
+
 import pytest
 import torch
 from mmengine.optim import build_optim_wrapper
@@ -34,8 +35,8 @@ def train_rank(rank, world_size, optimizer, accumulation, idle_head):
     settings = dict(SETTINGS, begin=0) if optimizer == 'AdamW' else SETTINGS
     wrapper = build_optim_wrapper(
         model,
-        wrapper_cfg(
-            optimizer, accumulative_counts=accumulation, **settings))
+        wrapper_cfg(optimizer, accumulative_counts=accumulation, **settings),
+    )
     ddp = parallel(model, find_unused_parameters=idle_head)
     train(ddp, wrapper, UPDATES, rank, accumulation)
     return dict(
@@ -44,7 +45,8 @@ def train_rank(rank, world_size, optimizer, accumulation, idle_head):
         lr_scale=wrapper.lr_scale,
         history=wrapper.history,
         measured=wrapper.measured,
-        world_size=wrapper.world_size)
+        world_size=wrapper.world_size,
+    )
 
 
 def train_plain_and_measured(rank, world_size, gradient_as_bucket_view):
@@ -55,10 +57,11 @@ def train_plain_and_measured(rank, world_size, gradient_as_bucket_view):
         cfg = wrapper_cfg() if settings is None else wrapper_cfg(**settings)
         if settings is None:
             cfg.update(
-                type='OptimWrapper', constructor='DefaultOptimWrapperConstructor')
+                type='OptimWrapper',
+                constructor='DefaultOptimWrapperConstructor',
+            )
         wrapper = build_optim_wrapper(model, cfg)
-        ddp = parallel(
-            model, gradient_as_bucket_view=gradient_as_bucket_view)
+        ddp = parallel(model, gradient_as_bucket_view=gradient_as_bucket_view)
         for update in range(UPDATES):
             with wrapper.optim_context(ddp):
                 loss = ddp(make_batch(update, rank, 0).float())
@@ -71,6 +74,7 @@ def train_plain_and_measured(rank, world_size, gradient_as_bucket_view):
 def count_collectives(rank, world_size):
     """Elements all-reduced in each update, measured or not."""
     import torch.distributed as dist
+
     all_reduce, sent = dist.all_reduce, []
 
     def counting(tensor, *args, **kwargs):
@@ -91,8 +95,10 @@ def count_collectives(rank, world_size):
 
 
 def refuse_second_hook(rank, world_size):
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import \
-        allreduce_hook
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
+        allreduce_hook,
+    )
+
     model = make_model()
     wrapper = build_optim_wrapper(model, wrapper_cfg())
     ddp = parallel(model)
@@ -149,7 +155,8 @@ def test_ranks_equal_the_oracle(results, scenario):
         ranks=len(results),
         accumulation=accumulation,
         optimizer=optimizer,
-        **settings)
+        **settings,
+    )
     for _ in range(UPDATES):
         oracle.update()
     for result in (ranks[scenario] for ranks in results):
@@ -162,7 +169,8 @@ def test_ranks_equal_the_oracle(results, scenario):
             assert result['variance'][module] == pytest.approx(phi, abs=1e-9)
         for name, weight in model.state_dict().items():
             torch.testing.assert_close(
-                result['weights'][name], weight, rtol=1e-9, atol=1e-11)
+                result['weights'][name], weight, rtol=1e-9, atol=1e-11
+            )
 
 
 def test_all_ranks_agree_bit_for_bit(results):

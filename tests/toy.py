@@ -1,4 +1,5 @@
 """A detector-shaped toy: a few modules, a loss, and batches to train on."""
+
 import torch
 from torch import nn
 
@@ -15,24 +16,33 @@ class ToyDetector(nn.Module):
         super().__init__()
         self.idle_head = idle_head
         self.backbone = nn.Sequential(
-            nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh())
+            nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh()
+        )
         self.neck = nn.Linear(7, 5)
         self.rpn_head = nn.Linear(5, 3)
         self.roi_head = nn.ModuleDict(
-            dict(bbox_head=nn.Linear(5, 2), mask_head=nn.Linear(5, 1)))
+            dict(bbox_head=nn.Linear(5, 2), mask_head=nn.Linear(5, 1))
+        )
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, inputs):
         x = torch.tanh(self.neck(self.backbone(inputs)) * self.scale)
-        losses = self.rpn_head(x).square().sum(1) + \
-            self.roi_head['bbox_head'](x).cos().sum(1)
+        losses = self.rpn_head(x).square().sum(1) + self.roi_head['bbox_head'](
+            x
+        ).cos().sum(1)
         if not (self.idle_head and inputs[0, 0] > 0):
             losses = losses + self.roi_head['mask_head'](x).exp().sum(1)
         return losses.mean()
 
 
-MODULES = ('backbone', 'neck', 'rpn_head', 'roi_head.bbox_head',
-           'roi_head.mask_head', 'others')
+MODULES = (
+    'backbone',
+    'neck',
+    'rpn_head',
+    'roi_head.bbox_head',
+    'roi_head.mask_head',
+    'others',
+)
 
 
 def make_model(seed: int = 0, **kwargs) -> ToyDetector:
@@ -44,7 +54,8 @@ def make_model(seed: int = 0, **kwargs) -> ToyDetector:
 def make_batch(update: int, rank: int, micro_batch: int) -> torch.Tensor:
     """Inputs that only depend on where they are used, (4, 6)."""
     generator = torch.Generator().manual_seed(
-        10_000 * update + 100 * rank + micro_batch)
+        10_000 * update + 100 * rank + micro_batch
+    )
     return torch.randn(4, 6, generator=generator, dtype=torch.float64)
 
 
@@ -52,13 +63,15 @@ def wrapper_cfg(optimizer='SGD', paramwise_cfg=None, **settings) -> dict:
     """An optim_wrapper config for ``build_optim_wrapper``."""
     optimizers = dict(
         SGD=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=1e-2),
-        AdamW=dict(type='AdamW', lr=0.01, weight_decay=0.05))
+        AdamW=dict(type='AdamW', lr=0.01, weight_decay=0.05),
+    )
     return dict(
         type='AGVMOptimWrapper',
         constructor='AGVMOptimWrapperConstructor',
         optimizer=dict(optimizers[optimizer]),
         paramwise_cfg=paramwise_cfg,
-        **settings)
+        **settings,
+    )
 
 
 def train(model, wrapper, updates, rank=0, accumulation=1, start=0):

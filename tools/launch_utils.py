@@ -1,4 +1,5 @@
 """What train.py and test.py share."""
+
 import argparse
 import datetime
 import os
@@ -24,12 +25,14 @@ def common_parser(description: str) -> argparse.ArgumentParser:
         action=DictAction,
         help='override settings of the config: key=value pairs such as '
         'optim_wrapper.interval=5; lists as key="[a,b]" or key=a,b, without '
-        'blanks')
+        'blanks',
+    )
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
-        help='job launcher')
+        help='job launcher',
+    )
     # torch.distributed.launch passes --local_rank, newer ones --local-rank
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     return parser
@@ -45,8 +48,9 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        cfg.work_dir = osp.join('work_dirs',
-                                osp.splitext(osp.basename(args.config))[0])
+        cfg.work_dir = osp.join(
+            'work_dirs', osp.splitext(osp.basename(args.config))[0]
+        )
     return cfg
 
 
@@ -60,15 +64,19 @@ def use_cpu_where_no_gpu(cfg: Config) -> None:
     if cfg.launcher == 'none' or get_device() != 'cpu':
         return
     if cfg.launcher != 'pytorch':
-        raise SystemExit(f'--launcher {cfg.launcher} needs a GPU for each '
-                         'rank, and this machine has none: use pytorch')
+        raise SystemExit(
+            f'--launcher {cfg.launcher} needs a GPU for each '
+            'rank, and this machine has none: use pytorch'
+        )
     timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800)
     dist.init_process_group(
-        'gloo', timeout=datetime.timedelta(seconds=timeout))
+        'gloo', timeout=datetime.timedelta(seconds=timeout)
+    )
     wrapper = dict(
         type='MMDistributedDataParallel',
         broadcast_buffers=False,
-        find_unused_parameters=cfg.get('find_unused_parameters', False))
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
     wrapper.update(cfg.get('model_wrapper_cfg') or {})
     cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
 

@@ -1,6 +1,11 @@
 """Evaluates a checkpoint of mmdet or mmseg on its test set."""
-from launch_utils import (build_runner, common_parser, load_config,
-                          use_cpu_where_no_gpu)
+
+from launch_utils import (
+    build_runner,
+    common_parser,
+    load_config,
+    use_cpu_where_no_gpu,
+)
 from mmengine.config import Config
 
 
@@ -8,13 +13,17 @@ def parse_args():
     parser = common_parser(__doc__)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
-        '--out', help='dump predictions to this pickle file (.pkl)')
+        '--out', help='dump predictions to this pickle file (.pkl)'
+    )
     parser.add_argument(
-        '--show', action='store_true', help='show prediction results')
+        '--show', action='store_true', help='show prediction results'
+    )
     parser.add_argument(
-        '--show-dir', help='save painted images under the work dir, here')
+        '--show-dir', help='save painted images under the work dir, here'
+    )
     parser.add_argument(
-        '--wait-time', type=float, default=2, help='seconds between images')
+        '--wait-time', type=float, default=2, help='seconds between images'
+    )
     args = parser.parse_args()
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         parser.error(f'--out {args.out}: must end in .pkl or .pickle')
@@ -24,8 +33,10 @@ def parse_args():
 def enable_visualization(cfg: Config, args) -> None:
     """Let the config's visualization hook draw."""
     if 'visualization' not in cfg.default_hooks:
-        raise SystemExit('--show, --show-dir: the config has no '
-                         'default_hooks.visualization to draw with')
+        raise SystemExit(
+            '--show, --show-dir: the config has no '
+            'default_hooks.visualization to draw with'
+        )
     hook = cfg.default_hooks.visualization
     hook.draw = True
     hook.show = args.show
@@ -40,8 +51,11 @@ def enable_visualization(cfg: Config, args) -> None:
 
 def dump_predictions(cfg: Config, out: str) -> None:
     """Add an evaluator that keeps the predictions."""
-    dump = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' \
+    dump = (
+        'DumpDetResults'
+        if cfg.get('default_scope') == 'mmdet'
         else 'DumpResults'
+    )
     evaluators = cfg.test_evaluator
     if not isinstance(evaluators, (list, tuple)):
         evaluators = [evaluators]

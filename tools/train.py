@@ -1,6 +1,11 @@
 """Trains a model of mmdet or mmseg, with AGVM if its config says so."""
-from launch_utils import (build_runner, common_parser, load_config,
-                          use_cpu_where_no_gpu)
+
+from launch_utils import (
+    build_runner,
+    common_parser,
+    load_config,
+    use_cpu_where_no_gpu,
+)
 from mmengine.config import Config
 
 
@@ -11,26 +16,31 @@ def parse_args():
         nargs='?',
         const='auto',
         help='resume from this checkpoint, or from the latest in the work '
-        'dir if none is named')
+        'dir if none is named',
+    )
     parser.add_argument(
-        '--amp', action='store_true', help='train in mixed precision')
+        '--amp', action='store_true', help='train in mixed precision'
+    )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
         help="scale the learning rate by MMEngine's linear rule, from the "
-        "config's auto_scale_lr.base_batch_size")
+        "config's auto_scale_lr.base_batch_size",
+    )
     return parser.parse_args()
 
 
 def enable_amp(cfg: Config) -> None:
     """Replace the optimizer wrapper by its mixed-precision counterpart."""
     amp_of = dict(
-        OptimWrapper='AmpOptimWrapper', AmpOptimWrapper='AmpOptimWrapper')
+        OptimWrapper='AmpOptimWrapper', AmpOptimWrapper='AmpOptimWrapper'
+    )
     plain = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if plain not in amp_of:
         raise SystemExit(
             f'--amp: optim_wrapper.type={plain!r} has no mixed-precision '
-            'counterpart yet: train without --amp')
+            'counterpart yet: train without --amp'
+        )
     cfg.optim_wrapper.type = amp_of[plain]
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
@@ -41,7 +51,8 @@ def enable_auto_scale_lr(cfg: Config) -> None:
         raise SystemExit(
             '--auto-scale-lr: the config has no auto_scale_lr.base_batch_size,'
             ' the batch that its learning rate was made for: add '
-            'auto_scale_lr=dict(base_batch_size=16) with its number')
+            'auto_scale_lr=dict(base_batch_size=16) with its number'
+        )
     cfg.auto_scale_lr.enable = True
 
 

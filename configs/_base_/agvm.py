@@ -7,4 +7,5 @@ agvm = dict(
     type='AGVMOptimWrapper',
     constructor='AGVMOptimWrapperConstructor',
     interval=10,
-    ema_decay=0.97)
+    ema_decay=0.97,
+)

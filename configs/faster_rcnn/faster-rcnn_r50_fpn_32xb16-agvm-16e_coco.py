@@ -7,22 +7,27 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(
-        norm_cfg=dict(type='SyncBN', requires_grad=True), norm_eval=False))
+        norm_cfg=dict(type='SyncBN', requires_grad=True), norm_eval=False
+    )
+)
 train_dataloader = dict(batch_size=16, num_workers=8)
 # one epoch is ceil(117266 / 512) = 230 iterations
 optim_wrapper = dict(
     **_base_.agvm,
     optimizer=dict(type='SGD', lr=0.32, momentum=0.9, weight_decay=1e-4),
-    begin=560)
+    begin=560,
+)
 param_scheduler = [
     dict(
-        type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=460),
+        type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=460
+    ),
     dict(
         type='MultiStepLR',
         begin=0,
         end=16,
         by_epoch=True,
         milestones=[12, 14],
-        gamma=0.1),
+        gamma=0.1,
+    ),
 ]
 train_cfg = dict(max_epochs=16)

@@ -5,6 +5,7 @@ Recognition of Handwritten Digits). Training images use its first 1347 scans,
 validation images the last 450, so that no scan is in both. Each image shows
 some digits, of several sizes, on a textured background.
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -28,7 +29,8 @@ def draw_background(rng: np.random.Generator) -> np.ndarray:
     for cells, strength in ((4, 30), (24, 18)):
         noise = rng.normal(0, strength, (cells, cells, 3))
         texture += cv2.resize(
-            noise, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_CUBIC)
+            noise, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_CUBIC
+        )
     return texture + rng.uniform(90, 160, 3)
 
 
@@ -42,15 +44,18 @@ def draw_digit(scan: np.ndarray, height: int) -> np.ndarray:
     scan = scan[rows][:, columns]
     width = max(2, round(height * scan.shape[1] / scan.shape[0]))
     ink = cv2.resize(
-        scan / 16., (width, height), interpolation=cv2.INTER_CUBIC)
+        scan / 16.0, (width, height), interpolation=cv2.INTER_CUBIC
+    )
     return np.clip(ink, 0, 1)
 
 
 def overlaps(box: Tuple[int, ...], boxes: List[Tuple[int, ...]]) -> bool:
     """Whether a box (x, y, width, height) covers part of another."""
     x, y, w, h = box
-    return any(x < x2 + w2 and x2 < x + w and y < y2 + h2 and y2 < y + h
-               for x2, y2, w2, h2 in boxes)
+    return any(
+        x < x2 + w2 and x2 < x + w and y < y2 + h2 and y2 < y + h
+        for x2, y2, w2, h2 in boxes
+    )
 
 
 def draw_image(
@@ -77,7 +82,7 @@ def draw_image(
             continue
         dark = rng.random() < 0.5
         colour = rng.uniform(0, 40, 3) if dark else rng.uniform(215, 255, 3)
-        patch = image[y:y + h, x:x + w]
+        patch = image[y : y + h, x : x + w]
         patch += ink[..., None] * (colour - patch)
         boxes.append(box)
         found.append(int(labels[index]))
@@ -104,7 +109,9 @@ def make_split(out_dir: Path, split: str, num_images: int, seed: int) -> None:
                 id=image_id,
                 file_name=name,
                 width=IMAGE_SIZE,
-                height=IMAGE_SIZE))
+                height=IMAGE_SIZE,
+            )
+        )
         for box, label in zip(boxes, found):
             annotations.append(
                 dict(
@@ -113,13 +120,15 @@ def make_split(out_dir: Path, split: str, num_images: int, seed: int) -> None:
                     category_id=label,
                     bbox=list(box),
                     area=box[2] * box[3],
-                    iscrowd=0))
+                    iscrowd=0,
+                )
+            )
     categories = [dict(id=i, name=str(i)) for i in range(10)]
     (out_dir / 'annotations' / f'{split}.json').write_text(
         json.dumps(
-            dict(
-                images=images, annotations=annotations,
-                categories=categories)))
+            dict(images=images, annotations=annotations, categories=categories)
+        )
+    )
 
 
 def main() -> None:
@@ -131,8 +140,10 @@ def main() -> None:
     args = parser.parse_args()
     for split, num_images in (('train', args.train), ('val', args.val)):
         make_split(args.out_dir, split, num_images, args.seed)
-    print(f'{args.train} training and {args.val} validation images of '
-          f'handwritten digits in {args.out_dir}')
+    print(
+        f'{args.train} training and {args.val} validation images of '
+        f'handwritten digits in {args.out_dir}'
+    )
 
 
 if __name__ == '__main__':

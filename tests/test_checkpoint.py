@@ -1,0 +1,184 @@
+"""The state that travels: round trips, other modules, plain checkpoints."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.optim import build_optim_wrapper
+from toy import MODULES, make_model, train, wrapper_cfg
+
+
+def trained(optimizer='SGD', updates=4, **settings):
+    """A model and wrapper after some updates of two micro-batches."""
+    settings = dict(interval=1, ema_decay=0.5, **settings)
+    model = make_model()
+    wrapper = build_optim_wrapper(
+        model, wrapper_cfg(optimizer, accumulative_counts=2, **settings)
+    )
+    train(model, wrapper, updates, accumulation=2)
+    return model, wrapper
+
+
+def through_a_file(state, tmp_path):
+    """What torch.load makes of a saved state, all checks on."""
+    torch.save(state, tmp_path / 'state.pth')
+    return torch.load(tmp_path / 'state.pth', weights_only=True)
+
+
+@pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
+def test_resumed_training_equals_uninterrupted(optimizer, tmp_path):
+    model, wrapper = trained(optimizer, updates=4)
+    saved = through_a_file(
+        [model.state_dict(), wrapper.state_dict()], tmp_path
+    )
+    resumed, other = trained(optimizer, updates=0)
+    resumed.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    train(model, wrapper, 8, accumulation=2, start=4)
+    train(resumed, other, 8, accumulation=2, start=4)
+    assert other.lr_scale == wrapper.lr_scale
+    assert other.history == wrapper.history
+    assert len(other.history) == 8
+    for name, weight in model.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], weight)
+
+
+def test_state_round_trip(tmp_path):
+    _, wrapper = trained()
+    _, other = trained(updates=0)
+    other.load_state_dict(through_a_file(wrapper.state_dict(), tmp_path))
+    state, loaded = wrapper.state_dict(), other.state_dict()
+    assert loaded['agvm'] == state['agvm']
+    assert loaded['param_groups'] == state['param_groups']
+
+
+def test_checkpoint_with_other_modules(tmp_path, log):
+    model, wrapper = trained('AdamW')
+    saved = through_a_file(wrapper.state_dict(), tmp_path)
+    modules = ['backbone.0', 'backbone.2', 'neck', 'roi_head']
+    other_model = make_model()
+    other_model.load_state_dict(model.state_dict())
+    other = build_optim_wrapper(
+        other_model,
+        wrapper_cfg('AdamW', modules=modules, anchor='backbone.0'),
+    )
+    other.load_state_dict(saved)
+    assert "['backbone.0', 'backbone.2', 'roi_head'] start with" in log[-1]
+    assert other.lr_scale['neck'] == wrapper.lr_scale['neck'] != 1
+    assert other.lr_scale['others'] == wrapper.lr_scale['others'] != 1
+    assert other.lr_scale['roi_head'] == 1
+    assert math.isnan(other.history[0][1][0])
+    # every parameter found its own moments, though the groups are cut anew
+    ours, theirs = dict(model.named_parameters()), wrapper.optimizer.state
+    for name, param in other_model.named_parameters():
+        assert torch.equal(
+            other.optimizer.state[param]['exp_avg_sq'],
+            theirs[ours[name]]['exp_avg_sq'],
+        )
+
+
+@pytest.mark.parametrize('paramwise_cfg', [None, dict(bias_lr_mult=2.0)])
+def test_checkpoint_of_a_plain_optimizer(paramwise_cfg, tmp_path, log):
+    """MMEngine's one group, or its group for each parameter."""
+    model = make_model()
+    model.backbone[0].requires_grad_(False)
+    cfg = wrapper_cfg('AdamW')
+    plain = build_optim_wrapper(
+        model, dict(optimizer=cfg['optimizer'], paramwise_cfg=paramwise_cfg)
+    )
+    train(model, plain, 3)
+    for group in plain.param_groups:
+        group['lr'] *= 0.1  # as after a decay
+    saved = through_a_file(plain.state_dict(), tmp_path)
+
+    other = make_model()
+    other.backbone[0].requires_grad_(False)
+    wrapper = build_optim_wrapper(
+        other, wrapper_cfg('AdamW', paramwise_cfg=paramwise_cfg)
+    )
+    wrapper.load_state_dict(saved)
+    assert f'the lr_scale of {list(MODULES)} starts at 1' in log[-1]
+    assert set(wrapper.lr_scale.values()) == {1.0}
+    plain_lr = {
+        param: group['lr']
+        for group in plain.optimizer.param_groups
+        for param in group['params']
+    }
+    for (name, param), twin in zip(
+        model.named_parameters(), other.parameters()
+    ):
+        if not param.requires_grad:
+            continue
+        assert torch.equal(
+            wrapper.optimizer.state[twin]['exp_avg'],
+            plain.optimizer.state[param]['exp_avg'],
+        ), name
+        lr = next(
+            group['lr']
+            for group in wrapper.optimizer.param_groups
+            if any(p is twin for p in group['params'])
+        )
+        assert lr == plain_lr[param]
+    assert wrapper.param_groups[-1]['lr'] == pytest.approx(0.001)
+
+
+def test_updates_of_a_plain_checkpoint_count_from_its_iteration():
+    model = make_model()
+    wrapper = build_optim_wrapper(model, wrapper_cfg(accumulative_counts=2))
+    wrapper.initialize_count_status(model, 100, 200)
+    assert wrapper.update == 50
+
+
+def test_checkpoint_of_another_model_is_refused():
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _, wrapper = trained(updates=0)
+    with pytest.raises(ValueError, match='2 parameters without names'):
+        wrapper.load_state_dict(optimizer.state_dict())
+
+
+def test_history_is_bounded(monkeypatch):
+    monkeypatch.setattr('mmagvm.optim_wrapper.HISTORY_LENGTH', 3)
+    _, wrapper = trained(updates=5)
+    assert [update for update, _ in wrapper.history] == [2, 3, 4]
+
+
+# -- torch >= 2.6 and what MMEngine saves
+
+
+def history_buffer():
+    buffer = HistoryBuffer([1.0, 2.0], [1, 1])
+    buffer.update(3.0)
+    return buffer
+
+
+def test_mmengines_own_checkpoint_loads_with_the_check_on(tmp_path):
+    import numpy as np
+
+    saved = dict(
+        loss=history_buffer(), best=np.float64(0.5), count=np.int64(3)
+    )
+    loaded = through_a_file(saved, tmp_path)
+    assert loaded['loss'].mean() == 2.0
+    assert loaded['best'] == 0.5
+    assert loaded['count'] == 3
+
+
+def test_getattr_stays_closed(tmp_path):
+    class Malicious(HistoryBuffer):
+        def __reduce__(self):
+            return getattr, (HistoryBuffer, '__init__')
+
+    with pytest.raises(pickle.UnpicklingError, match='may be malicious'):
+        through_a_file(dict(loss=Malicious()), tmp_path)
+
+
+def test_saved_state_is_a_copy():
+    model, wrapper = trained()
+    state = copy.deepcopy(wrapper.state_dict()['agvm'])
+    live = wrapper.state_dict()['agvm']
+    train(model, wrapper, 6, accumulation=2, start=4)
+    assert live == state

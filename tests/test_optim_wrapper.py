@@ -1,0 +1,292 @@
+"""The wrapper in one process: refusals, steps, micro-batches."""
+
+import pytest
+import torch
+from mmengine.optim import MultiStepLR, OptimWrapper, build_optim_wrapper
+from oracle import Oracle
+from torch import nn
+from toy import make_batch, make_model, train, wrapper_cfg
+
+from mmagvm import AGVMOptimWrapper
+
+
+def build(model=None, optimizer='SGD', accumulative_counts=2, **settings):
+    return build_optim_wrapper(
+        make_model() if model is None else model,
+        wrapper_cfg(
+            optimizer, accumulative_counts=accumulative_counts, **settings
+        ),
+    )
+
+
+# -- refusals, each by its message
+
+
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (dict(interval=0), 'interval=0 .*write 1 or more'),
+        (dict(ema_decay=1.0), 'ema_decay=1.0 .*from 0 to below 1'),
+        (dict(ema_decay=-0.1), 'ema_decay=-0.1 .*from 0 to below 1'),
+        (dict(begin=-1), 'begin=-1 .*write 0 or more'),
+        (dict(begin=5, end=5), 'end=5 .*after begin=5'),
+        (dict(estimator='guess'), "estimator='guess' .*write 'split'"),
+        (dict(eps=-1.0), 'eps=-1.0 .*write 0 or more'),
+        (dict(ratio_range=(3.0, 2.0)), r'ratio_range=\(3.0, 2.0\) .*around 1'),
+        (dict(ratio_range=(2.0, 3.0)), r'ratio_range=\(2.0, 3.0\) .*around 1'),
+        (dict(ratio_range=(1.0,)), r'ratio_range=\(1.0,\) .*around 1'),
+        (dict(anchor='spine'), r"anchor='spine' .*\['backbone', 'neck'"),
+    ],
+)
+def test_wrong_setting_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(**settings)
+
+
+def test_frozen_anchor_is_refused():
+    model = make_model()
+    for param in model.backbone.parameters():
+        param.requires_grad = False
+    with pytest.raises(ValueError, match=r"anchor='backbone'.*\['neck', "):
+        build(model)
+    assert build(model, anchor='neck').anchor == 'neck'
+
+
+def test_other_constructor_is_refused():
+    cfg = dict(wrapper_cfg(), constructor='DefaultOptimWrapperConstructor')
+    with pytest.raises(
+        ValueError, match="constructor='AGVMOptimWrapperConstructor'"
+    ):
+        build_optim_wrapper(make_model(), cfg)
+
+
+def test_one_rank_without_accumulation_is_refused_at_set_up():
+    wrapper = build(accumulative_counts=1)
+    with pytest.raises(ValueError, match='accumulative_counts=1 .*2 or more'):
+        wrapper.initialize_count_status(make_model(), 0, 10)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'FullyShardedDataParallel',
+        'DeepSpeedEngine',
+        'MMDeepSpeedEngineWrapper',
+    ],
+)
+def test_sharding_wrappers_are_refused_by_name(name):
+    model = type(name, (nn.Module,), {})()
+    with pytest.raises(ValueError, match=f'does not support {name}'):
+        build().initialize_count_status(model, 0, 10)
+
+
+def test_optimizer_without_lr_is_refused():
+    model = make_model()
+    groups = [dict(params=list(model.parameters()), module='backbone')]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    optimizer.param_groups[0]['lr'] = None
+    with pytest.raises(ValueError, match='no learning rate'):
+        AGVMOptimWrapper(optimizer)
+
+
+# -- against the oracle
+
+
+@pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
+@pytest.mark.parametrize('accumulation', [2, 3, 4])
+@pytest.mark.parametrize('idle_head', [False, True])
+def test_micro_batches_equal_the_oracle(optimizer, accumulation, idle_head):
+    settings = dict(interval=2, ema_decay=0.5)
+    model = make_model(idle_head=idle_head)
+    wrapper = build(model, optimizer, accumulation, **settings)
+    train(model, wrapper, 6, accumulation=accumulation)
+
+    oracle = Oracle(
+        make_model(idle_head=idle_head),
+        make_batch,
+        accumulation=accumulation,
+        optimizer=optimizer,
+        **settings,
+    )
+    for _ in range(6):
+        oracle.update()
+    assert wrapper.measured == 3
+    assert wrapper.lr_scale == pytest.approx(oracle.mu, rel=1e-9)
+    assert max(abs(mu - 1) for mu in oracle.mu.values()) > 0.05
+    for name, weight in oracle.model.state_dict().items():
+        torch.testing.assert_close(
+            model.state_dict()[name], weight, rtol=1e-9, atol=1e-11
+        )
+
+
+def test_begin_end_and_interval_count_updates():
+    model = make_model()
+    wrapper = build(model, begin=3, end=9, interval=2)
+    train(model, wrapper, 12, accumulation=2)
+    assert [update for update, _ in wrapper.history] == [3, 5, 7]
+    assert wrapper.update == 12
+
+
+def test_incomplete_last_accumulation_updates_unmeasured():
+    model = make_model()
+    wrapper = build(model, accumulative_counts=3, interval=1)
+    wrapper.initialize_count_status(model, 0, 7)  # updates of 3, 3 and 1
+    for iteration in range(7):
+        with wrapper.optim_context(model):
+            loss = model(make_batch(iteration, 0, 0))
+        wrapper.update_params(loss)
+    assert wrapper.update == 3
+    assert [update for update, _ in wrapper.history] == [0, 1]
+
+
+def test_optimizer_without_second_moment_is_measured_raw(log):
+    model = make_model()
+    cfg = wrapper_cfg(accumulative_counts=2, interval=1)
+    cfg['optimizer'] = dict(type='RMSprop', lr=0.01)
+    wrapper = build_optim_wrapper(model, cfg)
+    train(model, wrapper, 4, accumulation=2)
+    assert wrapper.measured == 4
+    assert len([m for m in log if 'measured on raw gradients' in m]) == 1
+
+
+# -- equal variances: the plain optimizer, bit for bit
+
+
+class Twins(nn.Module):
+    """Two modules that always have the same gradient."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Linear(6, 3)
+        self.head = nn.Linear(6, 3)
+        self.head.load_state_dict(self.backbone.state_dict())
+
+    def forward(self, x):
+        return (self.backbone(x) + self.head(x)).sin().mean()
+
+
+@pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
+def test_equal_variances_train_like_the_plain_optimizer(optimizer):
+    agvm, plain = Twins(), Twins()
+    wrapper = build(agvm, optimizer, interval=1)
+    plain_wrapper = build_optim_wrapper(
+        plain,
+        dict(
+            optimizer=wrapper_cfg(optimizer)['optimizer'],
+            accumulative_counts=2,
+        ),
+    )
+    for model, optim in ((agvm, wrapper), (plain, plain_wrapper)):
+        for iteration in range(20):
+            with optim.optim_context(model):
+                loss = model(make_batch(iteration, 0, 0).float())
+            optim.update_params(loss)
+    assert type(plain_wrapper) is OptimWrapper
+    assert wrapper.measured == 10
+    assert set(wrapper.lr_scale.values()) == {1.0}
+    assert 0 < wrapper.variance['head'] == wrapper.variance['backbone']
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(agvm.state_dict()[name], weight)
+
+
+# -- the learning rate afterwards
+
+
+def lrs(wrapper):
+    return [group['lr'] for group in wrapper.optimizer.param_groups]
+
+
+def test_lr_is_scaled_in_the_step_and_restored():
+    model = make_model()
+    wrapper = build(model, interval=1, ema_decay=0.0)
+    seen = []
+    wrapper.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(lrs(wrapper))
+    )
+    lr = 0.1 + 0.2  # no short binary fraction: dividing would not restore it
+    for group in wrapper.optimizer.param_groups:
+        group['lr'] = lr
+    train(model, wrapper, 3, accumulation=2)
+    assert lrs(wrapper) == [lr] * 6
+    assert seen[-1] == [lr * mu for mu in wrapper.lr_scale.values()]
+    assert len(set(seen[-1])) > 1
+
+
+def test_lr_is_restored_when_the_step_raises():
+    model = make_model()
+    wrapper = build(model, interval=1, ema_decay=0.0)
+    train(model, wrapper, 1, accumulation=2)
+    before = lrs(wrapper)
+
+    def fail(*_):
+        assert lrs(wrapper) != before
+        raise RuntimeError('out of memory')
+
+    wrapper.optimizer.register_step_pre_hook(fail)
+    with pytest.raises(RuntimeError, match='out of memory'):
+        train(model, wrapper, 2, accumulation=2, start=1)
+    assert lrs(wrapper) == before
+    assert wrapper.update == 1
+
+
+def test_tensor_lr_is_restored_as_the_same_object():
+    model = make_model()
+    wrapper = build(model, interval=1, ema_decay=0.0)
+    tensors = [torch.tensor(0.05) for _ in wrapper.optimizer.param_groups]
+    for group, lr in zip(wrapper.optimizer.param_groups, tensors):
+        group['lr'] = lr
+    train(model, wrapper, 3, accumulation=2)
+    assert all(a is b for a, b in zip(lrs(wrapper), tensors))
+    assert all(lr.item() == torch.tensor(0.05).item() for lr in tensors)
+
+
+def test_multi_step_lr_never_sees_the_multiplier():
+    rates = []
+    for modulated in (True, False):
+        model = make_model()
+        cfg = wrapper_cfg(accumulative_counts=2, interval=1, ema_decay=0.0)
+        if not modulated:
+            cfg = dict(optimizer=cfg['optimizer'], accumulative_counts=2)
+        wrapper = build_optim_wrapper(model, cfg)
+        scheduler = MultiStepLR(wrapper, milestones=[2, 4], by_epoch=False)
+        rates.append([])
+        for update in range(6):
+            train(model, wrapper, update + 1, accumulation=2, start=update)
+            scheduler.step()
+            rates[-1].append(set(lrs(wrapper)))
+    assert rates[0] == rates[1]
+    assert all(len(step) == 1 for step in rates[0])
+
+
+# -- gradients that cannot be measured
+
+
+def test_nan_leaves_lr_scale_as_it_was(log):
+    model = make_model()
+    wrapper = build(model, interval=1)
+    train(model, wrapper, 2, accumulation=2)
+    before = dict(wrapper.lr_scale), dict(wrapper.variance)
+    with wrapper.optim_context(model):
+        loss = model(make_batch(2, 0, 0))
+    wrapper.update_params(loss)
+    with wrapper.optim_context(model):
+        loss = model(make_batch(2, 0, 1)) * float('nan')
+    wrapper.update_params(loss)
+    assert (wrapper.lr_scale, wrapper.variance) == before
+    assert (wrapper.measured, wrapper.skipped) == (2, 1)
+    assert 'update 2 has gradients that are NaN or infinite' in log[-1]
+
+
+def test_module_without_gradient_keeps_its_multiplier():
+    model = make_model()
+    wrapper = build(model, interval=1)
+    train(model, wrapper, 2, accumulation=2)
+    before = wrapper.lr_scale['neck']
+    for param in model.neck.parameters():
+        param.requires_grad = False  # frozen later, as some hooks do
+    others = dict(wrapper.lr_scale)
+    train(model, wrapper, 4, accumulation=2, start=2)
+    assert wrapper.measured == 4
+    assert wrapper.lr_scale['neck'] == before
+    assert wrapper.lr_scale['rpn_head'] != others['rpn_head']

@@ -1,0 +1,228 @@
+"""The hook and a whole MMEngine run: what is told, logged and resumed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, HOOKS, MODELS
+from mmengine.runner import Runner
+from toy import MODULES, ToyDetector, wrapper_cfg
+from torch import nn
+
+from mmagvm.hook import useless_sync_bn
+
+ITERATIONS = 8
+
+
+@MODELS.register_module()
+class ToyModel(BaseModel):
+    """ToyDetector as the Runner wants it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        for name, child in ToyDetector().named_children():
+            self.add_module(name, child)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.idle_head = False
+
+    def forward(self, inputs, mode='loss'):
+        return dict(loss=ToyDetector.forward(self, inputs))
+
+
+@DATASETS.register_module()
+class ToyDataset(torch.utils.data.Dataset):
+    """Inputs that depend on their index alone."""
+
+    def __len__(self):
+        return 4 * ITERATIONS
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return dict(inputs=torch.randn(6, generator=generator))
+
+
+@HOOKS.register_module()
+class PowerCut(Hook):
+    """Ends a run in its second epoch, after the first one's checkpoint."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.epoch == 1 and batch_idx == 3:
+            raise RuntimeError('power cut')
+
+
+def toy_cfg(work_dir, optimizer='SGD', max_epochs=2, **settings):
+    settings = {
+        **dict(accumulative_counts=2, interval=1, ema_decay=0.5, begin=1),
+        **settings,
+    }
+    return Config(
+        dict(
+            model=dict(type='ToyModel'),
+            work_dir=str(work_dir),
+            train_dataloader=dict(
+                batch_size=4,
+                num_workers=0,
+                sampler=dict(type='DefaultSampler', shuffle=True),
+                collate_fn=dict(type='default_collate'),
+                dataset=dict(type='ToyDataset'),
+            ),
+            train_cfg=dict(by_epoch=True, max_epochs=max_epochs),
+            optim_wrapper=wrapper_cfg(optimizer, **settings),
+            param_scheduler=[
+                dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=5),
+                dict(type='MultiStepLR', by_epoch=True, milestones=[1]),
+            ],
+            custom_hooks=[dict(type='AGVMHook')],
+            default_hooks=dict(
+                logger=dict(type='LoggerHook', interval=1),
+                checkpoint=dict(type='CheckpointHook', interval=1),
+            ),
+            visualizer=dict(
+                type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]
+            ),
+            randomness=dict(seed=0),
+            experiment_name=Path(work_dir).name,
+        )
+    )
+
+
+def run(cfg):
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    return runner
+
+
+def log_of(runner):
+    return next(Path(runner.log_dir).glob('*.log')).read_text()
+
+
+def test_start_is_described(tmp_path):
+    log = log_of(run(toy_cfg(tmp_path / 'run', max_epochs=1)))
+    for line in (
+        'batch size 8 = 1 ranks x 4 images x 2 accumulated micro-batches',
+        "SGD with learning rate 0.05; the paper's rule gives 0.01 ",
+        'measures every 1 updates from update 1; all modules follow backbone',
+        'module backbone: 133 parameters in 1 group(s), lr_scale 1.000',
+        'module roi_head.mask_head: 6 parameters in 1 group(s)',
+        'module others: 1 parameters in 1 group(s)',
+    ):
+        assert f'AGVM: {line}' in log
+
+
+def test_every_module_is_logged_from_the_first_iteration(tmp_path):
+    runner = run(toy_cfg(tmp_path / 'run', max_epochs=1))
+    scalars = Path(runner.log_dir) / 'vis_data' / 'scalars.json'
+    lines = [json.loads(text) for text in scalars.read_text().splitlines()]
+    assert [line['step'] for line in lines] == list(range(1, ITERATIONS + 1))
+    for line in lines[:3]:  # update 1 ends with iteration 4
+        assert {line[f'agvm/{m}/variance'] for m in MODULES} == {1.0}
+        assert {line[f'agvm/{m}/lr_scale'] for m in MODULES} == {1.0}
+    assert [line['agvm/measured'] for line in lines] == [0, 0, 0, 1, 1, 2, 2, 3]
+    wrapper = runner.optim_wrapper
+    for module in MODULES:
+        assert lines[-1][f'agvm/{module}/variance'] == pytest.approx(
+            wrapper.variance[module]
+        )
+        assert lines[-1][f'agvm/{module}/lr_scale'] == pytest.approx(
+            wrapper.lr_scale[module]
+        )
+    assert wrapper.lr_scale['neck'] != 1
+    # the header shows the schedule's rate, not the multiplied one
+    assert lines[-1]['lr'] == lines[-1]['base_lr']
+
+
+@pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
+def test_resumed_run_equals_uninterrupted(tmp_path, optimizer):
+    whole = run(toy_cfg(tmp_path / 'whole', optimizer))
+    cfg = toy_cfg(tmp_path / 'cut', optimizer)
+    cfg.custom_hooks.append(dict(type='PowerCut'))
+    with pytest.raises(RuntimeError, match='power cut'):
+        run(cfg)
+    cfg = toy_cfg(tmp_path / 'cut', optimizer)
+    cfg.resume = True
+    cfg.experiment_name = 'resumed'
+    resumed = run(cfg)
+    assert resumed.iter == whole.iter == 2 * ITERATIONS
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], weight)
+    ours, theirs = (
+        runner.optim_wrapper.state_dict() for runner in (whole, resumed)
+    )
+    assert ours['agvm'] == theirs['agvm']
+    assert ours['param_groups'] == theirs['param_groups']
+    assert ours['agvm']['measured'] == 7
+
+
+def test_checkpoint_carries_no_series_of_agvm(tmp_path):
+    run(toy_cfg(tmp_path / 'run', max_epochs=1))
+    checkpoint = torch.load(tmp_path / 'run' / 'epoch_1.pth')
+    assert not [
+        key for key in checkpoint['message_hub']['log_scalars'] if 'agvm' in key
+    ]
+
+
+def test_another_batch_on_resume_is_told(tmp_path):
+    cfg = toy_cfg(tmp_path / 'run')
+    cfg.train_cfg.max_epochs = 1
+    run(cfg)
+    cfg = toy_cfg(tmp_path / 'run')
+    cfg.train_dataloader.batch_size = 2
+    cfg.resume = True
+    cfg.experiment_name = 'other_batch'
+    log = log_of(run(cfg))
+    assert "'images_per_rank': 4" in log
+    assert 'lr_scale goes on from where it was' in log
+
+
+def test_other_wrapper_is_refused_before_training(tmp_path):
+    cfg = toy_cfg(tmp_path / 'run')
+    cfg.optim_wrapper = dict(optimizer=cfg.optim_wrapper.optimizer)
+    with pytest.raises(TypeError, match='is OptimWrapper, which does not'):
+        run(cfg)
+    assert not list((tmp_path / 'run').glob('*.pth'))
+
+
+def test_one_rank_without_accumulation_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match='accumulative_counts=1'):
+        run(toy_cfg(tmp_path / 'run', accumulative_counts=1))
+
+
+def test_useless_sync_bn_is_found():
+    model = nn.Module()
+    model.backbone = nn.Sequential(nn.SyncBatchNorm(2))
+    model.neck = nn.Sequential(nn.SyncBatchNorm(2))
+    model.backbone.norm_eval, model.neck.norm_eval = True, False
+    assert useless_sync_bn(model) == ['backbone']
+    model.backbone = nn.Sequential(nn.BatchNorm2d(2))
+    model.backbone.norm_eval = True
+    assert useless_sync_bn(model) == []
+
+
+def test_import_registers_and_needs_no_host():
+    code = (
+        'import sys, mmagvm\n'
+        'from mmengine.registry import HOOKS, OPTIM_WRAPPERS\n'
+        "assert HOOKS.get('AGVMHook') is mmagvm.AGVMHook\n"
+        "assert OPTIM_WRAPPERS.get('AGVMOptimWrapper')\n"
+        "assert not {'mmdet', 'mmseg', 'mmcv'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.mark.parametrize('version', ['mmengine', 'torch'])
+def test_old_host_is_refused(version, monkeypatch):
+    import mmengine
+
+    from mmagvm.compat import check_versions
+
+    package = dict(mmengine=mmengine, torch=torch)[version]
+    monkeypatch.setattr(package, '__version__', '0.1')
+    with pytest.raises(ImportError, match=f'needs {version} >= .*0.1 is'):
+        check_versions()
