@@ -122,6 +122,25 @@ def train_nan(rank, world_size):
     return before, (wrapper.lr_scale, wrapper.variance), wrapper.skipped
 
 
+def train_resumed(rank, world_size, optimizer):
+    """Weights and lr_scale of an uninterrupted and of a resumed training."""
+    results = []
+    for stops in ([UPDATES], [UPDATES // 2, UPDATES]):
+        saved, start = None, 0
+        for stop in stops:
+            model = make_model()
+            wrapper = build_optim_wrapper(
+                model, wrapper_cfg(optimizer, interval=1, ema_decay=0.5)
+            )
+            if saved is not None:
+                model.load_state_dict(saved[0])
+                wrapper.load_state_dict(saved[1])
+            train(parallel(model), wrapper, stop, rank, start=start)
+            saved, start = (model.state_dict(), wrapper.state_dict()), stop
+        results.append((model.state_dict(), wrapper.lr_scale))
+    return results
+
+
 def run_all(rank, world_size):
     """Everything of this file in one launch, which is most of its time."""
     results = {
@@ -134,6 +153,10 @@ def run_all(rank, world_size):
     ]
     results['collectives'] = count_collectives(rank, world_size)
     results['nan'] = train_nan(rank, world_size)
+    results['resumed'] = [
+        train_resumed(rank, world_size, optimizer)
+        for optimizer in ('SGD', 'AdamW')
+    ]
     if world_size == 2:
         refuse_second_hook(rank, world_size)
     return results
@@ -197,3 +220,10 @@ def test_nan_on_one_rank_leaves_every_rank_as_it_was(results):
     for before, after, skipped in (ranks['nan'] for ranks in results):
         assert after == before
         assert skipped == 1
+
+
+def test_resumed_training_equals_uninterrupted(results):
+    for (weights, lr_scale), (resumed, resumed_scale) in results[0]['resumed']:
+        assert resumed_scale == lr_scale
+        for name, weight in weights.items():
+            assert torch.equal(resumed[name], weight), name

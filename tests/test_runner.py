@@ -124,7 +124,16 @@ def test_every_module_is_logged_from_the_first_iteration(tmp_path):
     for line in lines[:3]:  # update 1 ends with iteration 4
         assert {line[f'agvm/{m}/variance'] for m in MODULES} == {1.0}
         assert {line[f'agvm/{m}/lr_scale'] for m in MODULES} == {1.0}
-    assert [line['agvm/measured'] for line in lines] == [0, 0, 0, 1, 1, 2, 2, 3]
+    assert [line['agvm/measured'] for line in lines] == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+    ]
     wrapper = runner.optim_wrapper
     for module in MODULES:
         assert lines[-1][f'agvm/{module}/variance'] == pytest.approx(
@@ -164,7 +173,9 @@ def test_checkpoint_carries_no_series_of_agvm(tmp_path):
     run(toy_cfg(tmp_path / 'run', max_epochs=1))
     checkpoint = torch.load(tmp_path / 'run' / 'epoch_1.pth')
     assert not [
-        key for key in checkpoint['message_hub']['log_scalars'] if 'agvm' in key
+        key
+        for key in checkpoint['message_hub']['log_scalars']
+        if 'agvm' in key
     ]
 
 
