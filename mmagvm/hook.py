@@ -69,13 +69,13 @@ class AGVMHook(Hook):
         outputs: Optional[Dict[str, Any]] = None,
     ) -> None:
         """Publish the scalars of the iteration."""
-        wrapper = runner.optim_wrapper
+        modulator = runner.optim_wrapper.modulator
         scalars: Dict[str, float] = {}
-        for name in wrapper.modules:
-            scalars[f'{name}/variance'] = wrapper.variance[name]
-            scalars[f'{name}/lr_scale'] = wrapper.lr_scale[name]
-        scalars['measured'] = wrapper.measured
-        scalars['skipped'] = wrapper.skipped
+        for name in modulator.modules:
+            scalars[f'{name}/variance'] = modulator.variance[name]
+            scalars[f'{name}/lr_scale'] = modulator.lr_scale[name]
+        scalars['measured'] = modulator.measured
+        scalars['skipped'] = modulator.skipped
         for name, value in scalars.items():
             # resumed=False: or the whole series would go into checkpoints
             runner.message_hub.update_scalar(
@@ -118,9 +118,10 @@ def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
         'accumulated micro-batches',
         f'AGVM: {optimizer} with learning rate {float(lr):.4g}; {advice}',
         f'AGVM: measures every {wrapper.interval} updates from update '
-        f'{wrapper.begin}{until}; all modules follow {wrapper.anchor}',
+        f'{wrapper.begin}{until}; all modules follow '
+        f'{wrapper.modulator.anchor}',
     ]
-    for module in wrapper.modules:
+    for module in wrapper.modulator.modules:
         groups = [
             group
             for group in wrapper.optimizer.param_groups
@@ -130,7 +131,7 @@ def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
         lines.append(
             f'AGVM: module {module}: {count:,} parameters in '
             f'{len(groups)} group(s), lr_scale '
-            f'{wrapper.lr_scale[module]:.3f}'
+            f'{wrapper.modulator.lr_scale[module]:.3f}'
         )
     return lines
 

@@ -10,17 +10,14 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 
-from .functional import modulate, split_variance
 from .grad_variance import (
     HalfBatches,
     build_halves,
     has_second_moment,
     module_norms,
 )
+from .modulator import Modulator
 from .optim_state import regroup
-
-#: Measurements kept in a checkpoint, the newest ones.
-HISTORY_LENGTH = 10_000
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -66,11 +63,10 @@ class AGVMOptimWrapper(OptimWrapper):
             message says what to write instead.
 
     Attributes:
-        lr_scale (dict): mu of every module, by its name.
-        variance (dict): The last phi of every module; 1 until it has been
-            measured.
-        measured (int): Measurements that took effect.
-        skipped (int): Measurements dropped for being NaN or infinite.
+        modulator (Modulator): phi and mu of every module.
+        batch (dict): ``ranks``, ``images_per_rank`` and
+            ``accumulative_counts`` of the run; set by :class:`AGVMHook`,
+            which warns if a resumed checkpoint's differ.
     """
 
     def __init__(
@@ -98,25 +94,19 @@ class AGVMOptimWrapper(OptimWrapper):
             **kwargs,
         )
         self.interval = interval
-        self.ema_decay = ema_decay
         self.begin = begin
         self.end = end
-        self.anchor = anchor
-        self.eps = eps
-        self.ratio_range = (float(ratio_range[0]), float(ratio_range[1]))
-
         self._group_modules = _group_modules(optimizer)
-        self.modules: List[str] = list(dict.fromkeys(self._group_modules))
-        if anchor not in self.modules:
+        modules = list(dict.fromkeys(self._group_modules))
+        if anchor not in modules:
             raise ValueError(
                 f'anchor={anchor!r} is no module with trainable parameters: '
-                f'set anchor to one of {self.modules}'
+                f'set anchor to one of {modules}'
             )
-        self.lr_scale = dict.fromkeys(self.modules, 1.0)
-        self.variance = dict.fromkeys(self.modules, 1.0)
-        self.measured = 0
-        self.skipped = 0
-        self.history: List[Tuple[int, List[float]]] = []
+        low, high = ratio_range
+        self.modulator = Modulator(
+            modules, anchor, ema_decay, eps, (float(low), float(high))
+        )
         self.batch: Dict[str, int] = {}
         #: Names of all parameters in the order of the model, frozen ones too;
         #: set by the constructor, to read a plain optimizer's checkpoint.
@@ -207,50 +197,25 @@ class AGVMOptimWrapper(OptimWrapper):
         self._update += 1
 
     def _measure(self, halves: HalfBatches) -> None:
-        index = {name: i for i, name in enumerate(self.modules)}
+        modules = self.modulator.modules
         norms = module_norms(
             self.optimizer.param_groups,
             self.optimizer.state,
-            [index[name] for name in self._group_modules],
+            [modules.index(module) for module in self._group_modules],
             halves.signed(),
         )
-        if not norms.isfinite().all():
-            self.skipped += 1
-            print_log(
-                f'AGVM: update {self._update} has gradients that are NaN or '
-                'infinite; lr_scale stays as it was '
-                f'({self.skipped} measurements skipped so far)',
-                logger='current',
-                level=logging.WARNING,
-            )
-            return
-        variance = split_variance(norms)
-        lr_scale = modulate(
-            torch.tensor(list(self.lr_scale.values()), dtype=torch.float64),
-            variance,
-            index[self.anchor],
-            self.ema_decay,
-            self.eps,
-            self.ratio_range,
-        )
-        self.lr_scale = dict(zip(self.modules, lr_scale.tolist()))
-        measured = dict(zip(self.modules, variance.tolist()))
-        self.variance.update(
-            {name: phi for name, phi in measured.items() if phi == phi}
-        )
-        self.measured += 1
-        self.history.append((self._update, list(measured.values())))
-        del self.history[:-HISTORY_LENGTH]
+        self.modulator.update(self._update, norms)
         self._tell_raw()
 
     @contextmanager
     def _scaled_lr(self) -> Iterator[None]:
         """Put ``lr * mu`` in every group, afterwards exactly the old lr."""
         groups = self.optimizer.param_groups
+        scale = self.modulator.lr_scale
         saved = [group['lr'] for group in groups]
         try:
             for group, lr, module in zip(groups, saved, self._group_modules):
-                group['lr'] = lr * self.lr_scale[module]
+                group['lr'] = lr * scale[module]
             yield
         finally:
             for group, lr in zip(groups, saved):
@@ -281,13 +246,8 @@ class AGVMOptimWrapper(OptimWrapper):
         """The optimizer's state, and AGVM's under the key ``agvm``."""
         state_dict: Dict[str, Any] = super().state_dict()
         state_dict['agvm'] = dict(
+            self.modulator.state_dict(),
             update=self._update,
-            lr_scale=dict(self.lr_scale),
-            variance=dict(self.variance),
-            measured=self.measured,
-            skipped=self.skipped,
-            modules=list(self.modules),
-            history=[[update, list(phis)] for update, phis in self.history],
             batch=dict(self.batch),
         )
         return state_dict
@@ -311,38 +271,14 @@ class AGVMOptimWrapper(OptimWrapper):
         if agvm is None:
             print_log(
                 'AGVM: the checkpoint has no AGVM state: the lr_scale of '
-                f'{self.modules} starts at 1',
+                f'{self.modulator.modules} starts at 1',
                 logger='current',
                 level=logging.WARNING,
             )
             return
-        missing = [m for m in self.modules if m not in agvm['lr_scale']]
-        unknown = [m for m in agvm['lr_scale'] if m not in self.modules]
-        if missing or unknown:
-            print_log(
-                'AGVM: the checkpoint has other modules: '
-                f'{missing} start with lr_scale 1, {unknown} are dropped',
-                logger='current',
-                level=logging.WARNING,
-            )
-        for name in self.modules:
-            self.lr_scale[name] = agvm['lr_scale'].get(name, 1.0)
-            self.variance[name] = agvm['variance'].get(name, 1.0)
+        self.modulator.load_state_dict(agvm)
         self._update = agvm['update']
-        self.measured = agvm['measured']
-        self.skipped = agvm['skipped']
         self.batch = dict(agvm['batch'])
-        column = {name: i for i, name in enumerate(agvm['modules'])}
-        self.history = [
-            (
-                update,
-                [
-                    phis[column[m]] if m in column else float('nan')
-                    for m in self.modules
-                ],
-            )
-            for update, phis in agvm['history']
-        ]
 
 
 def _group_modules(optimizer: torch.optim.Optimizer) -> List[str]:

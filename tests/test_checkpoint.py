@@ -39,9 +39,9 @@ def test_resumed_training_equals_uninterrupted(optimizer, tmp_path):
     other.load_state_dict(saved[1])
     train(model, wrapper, 8, accumulation=2, start=4)
     train(resumed, other, 8, accumulation=2, start=4)
-    assert other.lr_scale == wrapper.lr_scale
-    assert other.history == wrapper.history
-    assert len(other.history) == 8
+    assert other.modulator.lr_scale == wrapper.modulator.lr_scale
+    assert other.modulator.history == wrapper.modulator.history
+    assert len(other.modulator.history) == 8
     for name, weight in model.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], weight)
 
@@ -67,10 +67,18 @@ def test_checkpoint_with_other_modules(tmp_path, log):
     )
     other.load_state_dict(saved)
     assert "['backbone.0', 'backbone.2', 'roi_head'] start with" in log[-1]
-    assert other.lr_scale['neck'] == wrapper.lr_scale['neck'] != 1
-    assert other.lr_scale['others'] == wrapper.lr_scale['others'] != 1
-    assert other.lr_scale['roi_head'] == 1
-    assert math.isnan(other.history[0][1][0])
+    assert (
+        other.modulator.lr_scale['neck']
+        == wrapper.modulator.lr_scale['neck']
+        != 1
+    )
+    assert (
+        other.modulator.lr_scale['others']
+        == wrapper.modulator.lr_scale['others']
+        != 1
+    )
+    assert other.modulator.lr_scale['roi_head'] == 1
+    assert math.isnan(other.modulator.history[0][1][0])
     # every parameter found its own moments, though the groups are cut anew
     ours, theirs = dict(model.named_parameters()), wrapper.optimizer.state
     for name, param in other_model.named_parameters():
@@ -101,7 +109,7 @@ def test_checkpoint_of_a_plain_optimizer(paramwise_cfg, tmp_path, log):
     )
     wrapper.load_state_dict(saved)
     assert f'the lr_scale of {list(MODULES)} starts at 1' in log[-1]
-    assert set(wrapper.lr_scale.values()) == {1.0}
+    assert set(wrapper.modulator.lr_scale.values()) == {1.0}
     plain_lr = {
         param: group['lr']
         for group in plain.optimizer.param_groups
@@ -141,9 +149,9 @@ def test_checkpoint_of_another_model_is_refused():
 
 
 def test_history_is_bounded(monkeypatch):
-    monkeypatch.setattr('mmagvm.optim_wrapper.HISTORY_LENGTH', 3)
+    monkeypatch.setattr('mmagvm.modulator.HISTORY_LENGTH', 3)
     _, wrapper = trained(updates=5)
-    assert [update for update, _ in wrapper.history] == [2, 3, 4]
+    assert [update for update, _ in wrapper.modulator.history] == [2, 3, 4]
 
 
 # -- torch >= 2.6 and what MMEngine saves

@@ -75,7 +75,12 @@ def test_modules_can_be_listed_and_the_rest_is_others():
     wrapper = build_optim_wrapper(
         model, wrapper_cfg(modules=['backbone.0', 'backbone', 'roi_head'])
     )
-    assert wrapper.modules == ['backbone.0', 'backbone', 'roi_head', 'others']
+    assert wrapper.modulator.modules == [
+        'backbone.0',
+        'backbone',
+        'roi_head',
+        'others',
+    ]
     module_of = {
         name: group['module']
         for group in groups_of(wrapper)

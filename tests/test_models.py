@@ -104,7 +104,7 @@ def test_every_trainable_parameter_is_in_one_of_few_groups(
     wrapper = build_optim_wrapper(
         model, wrapper_cfg('AdamW', paramwise_cfg=paramwise_cfg)
     )
-    assert sorted(wrapper.modules) == sorted(MODEL_MODULES[name])
+    assert sorted(wrapper.modulator.modules) == sorted(MODEL_MODULES[name])
     groups = wrapper.optimizer.param_groups
     trainable = {
         name: p for name, p in model.named_parameters() if p.requires_grad
@@ -124,9 +124,9 @@ def test_every_trainable_parameter_is_in_one_of_few_groups(
     }
     assert len(groups) == len(distinct)
     if options == 'none':
-        assert len(groups) == len(wrapper.modules)
+        assert len(groups) == len(wrapper.modulator.modules)
     else:
-        assert len(groups) <= 12 * len(wrapper.modules)
+        assert len(groups) <= 12 * len(wrapper.modulator.modules)
 
 
 def test_recipe_of_batch_512_follows_from_the_rule():
@@ -147,7 +147,7 @@ def test_recipe_of_batch_512_follows_from_the_rule():
     assert cfg.train_cfg.max_epochs * epoch == 3680  # the paper's count
     model = MODELS.build(cfg.model)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    assert wrapper.modules == DETECTOR
-    assert (wrapper.interval, wrapper.ema_decay) == (10, 0.97)
+    assert wrapper.modulator.modules == DETECTOR
+    assert (wrapper.interval, wrapper.modulator.ema_decay) == (10, 0.97)
     assert 'Sync' in type(model.backbone.layer2[0].bn1).__name__
     assert not model.backbone.norm_eval

@@ -49,7 +49,7 @@ def test_frozen_anchor_is_refused():
         param.requires_grad = False
     with pytest.raises(ValueError, match=r"anchor='backbone'.*\['neck', "):
         build(model)
-    assert build(model, anchor='neck').anchor == 'neck'
+    assert build(model, anchor='neck').modulator.anchor == 'neck'
 
 
 def test_other_constructor_is_refused():
@@ -110,8 +110,8 @@ def test_micro_batches_equal_the_oracle(optimizer, accumulation, idle_head):
     )
     for _ in range(6):
         oracle.update()
-    assert wrapper.measured == 3
-    assert wrapper.lr_scale == pytest.approx(oracle.mu, rel=1e-9)
+    assert wrapper.modulator.measured == 3
+    assert wrapper.modulator.lr_scale == pytest.approx(oracle.mu, rel=1e-9)
     assert max(abs(mu - 1) for mu in oracle.mu.values()) > 0.05
     for name, weight in oracle.model.state_dict().items():
         torch.testing.assert_close(
@@ -123,7 +123,7 @@ def test_begin_end_and_interval_count_updates():
     model = make_model()
     wrapper = build(model, begin=3, end=9, interval=2)
     train(model, wrapper, 12, accumulation=2)
-    assert [update for update, _ in wrapper.history] == [3, 5, 7]
+    assert [update for update, _ in wrapper.modulator.history] == [3, 5, 7]
     assert wrapper.update == 12
 
 
@@ -136,7 +136,7 @@ def test_incomplete_last_accumulation_updates_unmeasured():
             loss = model(make_batch(iteration, 0, 0))
         wrapper.update_params(loss)
     assert wrapper.update == 3
-    assert [update for update, _ in wrapper.history] == [0, 1]
+    assert [update for update, _ in wrapper.modulator.history] == [0, 1]
 
 
 def test_optimizer_without_second_moment_is_measured_raw(log):
@@ -145,7 +145,7 @@ def test_optimizer_without_second_moment_is_measured_raw(log):
     cfg['optimizer'] = dict(type='RMSprop', lr=0.01)
     wrapper = build_optim_wrapper(model, cfg)
     train(model, wrapper, 4, accumulation=2)
-    assert wrapper.measured == 4
+    assert wrapper.modulator.measured == 4
     assert len([m for m in log if 'measured on raw gradients' in m]) == 1
 
 
@@ -183,9 +183,13 @@ def test_equal_variances_train_like_the_plain_optimizer(optimizer):
                 loss = model(make_batch(iteration, 0, 0).float())
             optim.update_params(loss)
     assert type(plain_wrapper) is OptimWrapper
-    assert wrapper.measured == 10
-    assert set(wrapper.lr_scale.values()) == {1.0}
-    assert 0 < wrapper.variance['head'] == wrapper.variance['backbone']
+    assert wrapper.modulator.measured == 10
+    assert set(wrapper.modulator.lr_scale.values()) == {1.0}
+    assert (
+        0
+        < wrapper.modulator.variance['head']
+        == wrapper.modulator.variance['backbone']
+    )
     for name, weight in plain.state_dict().items():
         assert torch.equal(agvm.state_dict()[name], weight)
 
@@ -209,7 +213,7 @@ def test_lr_is_scaled_in_the_step_and_restored():
         group['lr'] = lr
     train(model, wrapper, 3, accumulation=2)
     assert lrs(wrapper) == [lr] * 6
-    assert seen[-1] == [lr * mu for mu in wrapper.lr_scale.values()]
+    assert seen[-1] == [lr * mu for mu in wrapper.modulator.lr_scale.values()]
     assert len(set(seen[-1])) > 1
 
 
@@ -266,15 +270,15 @@ def test_nan_leaves_lr_scale_as_it_was(log):
     model = make_model()
     wrapper = build(model, interval=1)
     train(model, wrapper, 2, accumulation=2)
-    before = dict(wrapper.lr_scale), dict(wrapper.variance)
+    before = dict(wrapper.modulator.lr_scale), dict(wrapper.modulator.variance)
     with wrapper.optim_context(model):
         loss = model(make_batch(2, 0, 0))
     wrapper.update_params(loss)
     with wrapper.optim_context(model):
         loss = model(make_batch(2, 0, 1)) * float('nan')
     wrapper.update_params(loss)
-    assert (wrapper.lr_scale, wrapper.variance) == before
-    assert (wrapper.measured, wrapper.skipped) == (2, 1)
+    assert (wrapper.modulator.lr_scale, wrapper.modulator.variance) == before
+    assert (wrapper.modulator.measured, wrapper.modulator.skipped) == (2, 1)
     assert 'update 2 has gradients that are NaN or infinite' in log[-1]
 
 
@@ -282,11 +286,11 @@ def test_module_without_gradient_keeps_its_multiplier():
     model = make_model()
     wrapper = build(model, interval=1)
     train(model, wrapper, 2, accumulation=2)
-    before = wrapper.lr_scale['neck']
+    before = wrapper.modulator.lr_scale['neck']
     for param in model.neck.parameters():
         param.requires_grad = False  # frozen later, as some hooks do
-    others = dict(wrapper.lr_scale)
+    others = dict(wrapper.modulator.lr_scale)
     train(model, wrapper, 4, accumulation=2, start=2)
-    assert wrapper.measured == 4
-    assert wrapper.lr_scale['neck'] == before
-    assert wrapper.lr_scale['rpn_head'] != others['rpn_head']
+    assert wrapper.modulator.measured == 4
+    assert wrapper.modulator.lr_scale['neck'] == before
+    assert wrapper.modulator.lr_scale['rpn_head'] != others['rpn_head']

@@ -41,10 +41,10 @@ def train_rank(rank, world_size, optimizer, accumulation, idle_head):
     train(ddp, wrapper, UPDATES, rank, accumulation)
     return dict(
         weights=model.state_dict(),
-        variance=wrapper.variance,
-        lr_scale=wrapper.lr_scale,
-        history=wrapper.history,
-        measured=wrapper.measured,
+        variance=wrapper.modulator.variance,
+        lr_scale=wrapper.modulator.lr_scale,
+        history=wrapper.modulator.history,
+        measured=wrapper.modulator.measured,
         world_size=wrapper.world_size,
     )
 
@@ -67,7 +67,7 @@ def train_plain_and_measured(rank, world_size, gradient_as_bucket_view):
                 loss = ddp(make_batch(update, rank, 0).float())
             wrapper.update_params(loss)
         weights.append(model.state_dict())
-    assert wrapper.measured == 3
+    assert wrapper.modulator.measured == 3
     return weights
 
 
@@ -115,11 +115,15 @@ def train_nan(rank, world_size):
     wrapper = build_optim_wrapper(model, wrapper_cfg(interval=1))
     ddp = parallel(model)
     train(ddp, wrapper, 2, rank)
-    before = dict(wrapper.lr_scale), dict(wrapper.variance)
+    before = dict(wrapper.modulator.lr_scale), dict(wrapper.modulator.variance)
     with wrapper.optim_context(ddp):
         loss = ddp(make_batch(2, rank, 0))
     wrapper.update_params(loss * (float('nan') if rank == 1 else 1))
-    return before, (wrapper.lr_scale, wrapper.variance), wrapper.skipped
+    return (
+        before,
+        (wrapper.modulator.lr_scale, wrapper.modulator.variance),
+        wrapper.modulator.skipped,
+    )
 
 
 def train_resumed(rank, world_size, optimizer):
@@ -137,7 +141,7 @@ def train_resumed(rank, world_size, optimizer):
                 wrapper.load_state_dict(saved[1])
             train(parallel(model), wrapper, stop, rank, start=start)
             saved, start = (model.state_dict(), wrapper.state_dict()), stop
-        results.append((model.state_dict(), wrapper.lr_scale))
+        results.append((model.state_dict(), wrapper.modulator.lr_scale))
     return results
 
 

@@ -12,8 +12,8 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, HOOKS, MODELS
 from mmengine.runner import Runner
-from toy import MODULES, ToyDetector, wrapper_cfg
 from torch import nn
+from toy import MODULES, ToyDetector, wrapper_cfg
 
 from mmagvm.hook import useless_sync_bn
 
@@ -137,12 +137,12 @@ def test_every_module_is_logged_from_the_first_iteration(tmp_path):
     wrapper = runner.optim_wrapper
     for module in MODULES:
         assert lines[-1][f'agvm/{module}/variance'] == pytest.approx(
-            wrapper.variance[module]
+            wrapper.modulator.variance[module]
         )
         assert lines[-1][f'agvm/{module}/lr_scale'] == pytest.approx(
-            wrapper.lr_scale[module]
+            wrapper.modulator.lr_scale[module]
         )
-    assert wrapper.lr_scale['neck'] != 1
+    assert wrapper.modulator.lr_scale['neck'] != 1
     # the header shows the schedule's rate, not the multiplied one
     assert lines[-1]['lr'] == lines[-1]['base_lr']
 

@@ -79,22 +79,13 @@ def draw(lines: List[Dict[str, Any]], title: str) -> plt.Figure:
 
     figure.suptitle(f'AGVM in {title}')
     top.set_title(
-        'Gradient variance: how much two halves of a batch disagree',
+        'Gradient variance: how much the two halves of a batch disagree '
+        '(0: not at all, 1: nothing in common)',
         fontsize='medium',
     )
     top.set_ylabel(r'$\phi = 1 - \cos(G_1, G_2)$')
     top.set_ylim(bottom=0)
     top.axhline(1, color='grey', linewidth=0.6)
-    top.annotate(
-        'nothing in common',
-        (1, 1),
-        xycoords=('axes fraction', 'data'),
-        xytext=(-4, 3),
-        textcoords='offset points',
-        color='grey',
-        fontsize='small',
-        ha='right',
-    )
     bottom.set_title(
         "AGVM's answer: what each module's learning rate is multiplied by",
         fontsize='medium',
