@@ -127,7 +127,14 @@ def train_nan(rank, world_size):
 
 
 def train_resumed(rank, world_size, optimizer):
-    """Weights and lr_scale of an uninterrupted and of a resumed training."""
+    """Weights and lr_scale of an uninterrupted and of a resumed training.
+
+    DDP rebuilds its buckets after the first backward of a process, and from
+    3 ranks on gloo sums an element in an order that depends on its place, so
+    that even plain training rounds otherwise after a restart. With
+    find_unused_parameters DDP never rebuilds.
+    """
+    kwargs = dict(find_unused_parameters=world_size > 2)
     results = []
     for stops in ([UPDATES], [UPDATES // 2, UPDATES]):
         saved, start = None, 0
@@ -139,7 +146,8 @@ def train_resumed(rank, world_size, optimizer):
             if saved is not None:
                 model.load_state_dict(saved[0])
                 wrapper.load_state_dict(saved[1])
-            train(parallel(model), wrapper, stop, rank, start=start)
+            ddp = parallel(model, **kwargs)
+            train(ddp, wrapper, stop, rank, start=start)
             saved, start = (model.state_dict(), wrapper.state_dict()), stop
         results.append((model.state_dict(), wrapper.modulator.lr_scale))
     return results

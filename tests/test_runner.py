@@ -88,7 +88,8 @@ def toy_cfg(work_dir, optimizer='SGD', max_epochs=2, **settings):
                 type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]
             ),
             randomness=dict(seed=0),
-            experiment_name=Path(work_dir).name,
+            # MMEngine keeps one visualizer per name for the whole process
+            experiment_name=str(work_dir).replace('/', '_'),
         )
     )
 
@@ -156,7 +157,7 @@ def test_resumed_run_equals_uninterrupted(tmp_path, optimizer):
         run(cfg)
     cfg = toy_cfg(tmp_path / 'cut', optimizer)
     cfg.resume = True
-    cfg.experiment_name = 'resumed'
+    cfg.experiment_name += '_resumed'
     resumed = run(cfg)
     assert resumed.iter == whole.iter == 2 * ITERATIONS
     for name, weight in whole.model.state_dict().items():
@@ -186,7 +187,7 @@ def test_another_batch_on_resume_is_told(tmp_path):
     cfg = toy_cfg(tmp_path / 'run')
     cfg.train_dataloader.batch_size = 2
     cfg.resume = True
-    cfg.experiment_name = 'other_batch'
+    cfg.experiment_name += '_resumed'
     log = log_of(run(cfg))
     assert "'images_per_rank': 4" in log
     assert 'lr_scale goes on from where it was' in log
