@@ -4,6 +4,7 @@ Importing this registers everything in MMEngine's root registries; neither
 mmdet nor mmseg is imported.
 """
 
+from .amp_optim_wrapper import AGVMAmpOptimWrapper
 from .compat import allow_checkpoints, check_versions
 from .hook import AGVMHook
 from .lr_scaling import RULES, LRRule, find_rule
@@ -15,6 +16,7 @@ check_versions()
 allow_checkpoints()
 
 __all__ = [
+    'AGVMAmpOptimWrapper',
     'AGVMHook',
     'AGVMOptimWrapper',
     'AGVMOptimWrapperConstructor',

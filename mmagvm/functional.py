@@ -14,6 +14,9 @@ phi       variance      1 - cos(G1, G2), in [0, 2] (Eq. 2 without the
 mu        lr_scale      multiplier of a module's learning rate (Eq. 41, 42)
 alpha     ema_decay     weight of the old mu in the moving average (Eq. 42)
 v_t       exp_avg_sq    Adam's second moment, this update's gradient included
+W         samples       ranks, or micro-batches, that are compared
+r2, g2    local, mean   mean |g_r|^2 of the samples' gradients g_r, before they
+                        are averaged, and |mean g_r|^2 after
 ========  ============  =====================================================
 """
 
@@ -21,6 +24,12 @@ from typing import List, Tuple
 
 import torch
 from torch import Tensor
+
+
+def squared_norms(tensors: List[Tensor]) -> Tensor:
+    """The squared norms of tensors, (n,) in float64 on their device."""
+    norms = torch._foreach_norm(_at_least_float32(tensors))
+    return torch.stack(norms).double().square()
 
 
 def half_batch_norms(total: List[Tensor], signed: List[Tensor]) -> Tensor:
@@ -39,8 +48,8 @@ def half_batch_norms(total: List[Tensor], signed: List[Tensor]) -> Tensor:
     second = torch._foreach_sub(total, signed)
     return torch.stack(
         [
-            torch.stack(torch._foreach_norm(part)).double().square().sum()
-            for part in (total, signed, first, second)
+            squared_norms(part).sum()
+            for part in (total, signed, list(first), list(second))
         ]
     )
 
@@ -61,6 +70,44 @@ def split_variance(norms: Tensor) -> Tensor:
     total, signed, first, second = norms.unbind(-1)
     cosine = (total - signed) / (first * second).sqrt()
     return (1 - cosine).clamp(0, 2)
+
+
+def pairs_variance(local: Tensor, mean: Tensor, samples: int) -> Tensor:
+    """phi of every module as all pairs of samples estimate it.
+
+    With |true gradient|^2 and the noise power of a sample as
+    :func:`pairs_noise` gives them, 1 - signal / (signal + 2 * noise / W) is
+    what :func:`split_variance` estimates; written out it is
+    2 (r2 - g2) / ((W - 2) g2 + r2).
+
+    Args:
+        local: (h,) r2.
+        mean: (h,) g2.
+        samples: W, 2 or more.
+
+    Returns:
+        (h,), in [0, 2]; NaN where there is no gradient.
+    """
+    phi = 2 * (local - mean) / ((samples - 2) * mean + local)
+    return phi.clamp(0, 2)
+
+
+def pairs_noise(
+    local: Tensor, mean: Tensor, samples: int
+) -> Tuple[Tensor, Tensor]:
+    """Unbiased |true gradient|^2, and noise power of one sample.
+
+    noise / signal is the simple noise scale, in samples (McCandlish et al.,
+    "An Empirical Model of Large-Batch Training", 2018).
+
+    Args:
+        local: (h,) r2.
+        mean: (h,) g2.
+        samples: W, 2 or more.
+    """
+    signal = (samples * mean - local) / (samples - 1)
+    noise = (local - mean) * samples / (samples - 1)
+    return signal, noise
 
 
 def adam_divisor(

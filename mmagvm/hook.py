@@ -19,7 +19,8 @@ class AGVMHook(Hook):
 
     Publishes after every iteration, for each module, the last measured
     ``agvm/<module>/variance`` (phi) and the ``agvm/<module>/lr_scale`` (mu)
-    in force, both 1 until the first measurement, and ``agvm/measured`` and
+    in force, with the estimator 'pairs' also the ``agvm/<module>/noise_scale``
+    in images, all 1 until the first measurement, and ``agvm/measured`` and
     ``agvm/skipped``, the numbers of measurements that took effect and that
     were dropped.
 
@@ -39,7 +40,8 @@ class AGVMHook(Hook):
                 f'{type(wrapper).__name__}, which does not modulate anything '
                 '(did --amp or --cfg-options replace optim_wrapper.type, or '
                 'DeepSpeed the optimizer?): set '
-                "optim_wrapper.type='AGVMOptimWrapper', or remove AGVMHook"
+                "optim_wrapper.type='AGVMOptimWrapper', in mixed precision "
+                "'AGVMAmpOptimWrapper', or remove AGVMHook"
             )
         batch = dict(
             ranks=wrapper.world_size,
@@ -69,11 +71,14 @@ class AGVMHook(Hook):
         outputs: Optional[Dict[str, Any]] = None,
     ) -> None:
         """Publish the scalars of the iteration."""
-        modulator = runner.optim_wrapper.modulator
+        wrapper = runner.optim_wrapper
+        modulator = wrapper.modulator
         scalars: Dict[str, float] = {}
         for name in modulator.modules:
             scalars[f'{name}/variance'] = modulator.variance[name]
             scalars[f'{name}/lr_scale'] = modulator.lr_scale[name]
+            if wrapper.estimator == 'pairs':
+                scalars[f'{name}/noise_scale'] = wrapper.noise_scale[name]
         scalars['measured'] = modulator.measured
         scalars['skipped'] = modulator.skipped
         for name, value in scalars.items():

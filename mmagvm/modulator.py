@@ -1,13 +1,14 @@
 """What follows from a measurement: phi and mu of every module, over time."""
 
 import logging
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-from .functional import modulate, split_variance
+from .functional import modulate
+from .grad_variance import Measurement
 
 #: Measurements kept in a checkpoint, the newest ones.
 HISTORY_LENGTH = 10_000
@@ -28,6 +29,10 @@ class Modulator:
         variance (dict): The last phi by module; 1 until it is measured.
         measured (int): Measurements that took effect.
         skipped (int): Measurements dropped for being NaN or infinite.
+        noise_scale (dict): Noise power of one sample's gradient over its
+            signal's, both averaged over measurements, by module: the batch,
+            in samples, at which noise and signal are equal. Empty unless the
+            estimator gives them; infinite while there is no signal.
         history (list): ``(update, phis)`` of the newest measurements, phis in
             the order of ``modules``, NaN for one that had no gradient.
     """
@@ -50,17 +55,26 @@ class Modulator:
         self.measured = 0
         self.skipped = 0
         self.history: List[Tuple[int, List[float]]] = []
+        self._signal: Dict[str, float] = {}
+        self._noise: Dict[str, float] = {}
 
-    def update(self, update: int, norms: Tensor) -> None:
+    @property
+    def noise_scale(self) -> Dict[str, float]:
+        return {
+            module: noise / signal if signal > 0 else float('inf')
+            for (module, signal), noise in zip(
+                self._signal.items(), self._noise.values()
+            )
+        }
+
+    def update(self, update: int, measurement: Measurement) -> None:
         """Turn one measurement into new multipliers.
 
         Args:
             update: When it was taken.
-            norms: (h, 4) on the CPU, from
-                :func:`~mmagvm.grad_variance.module_norms`. If any is not
-                finite, all multipliers stay as they are.
+            measurement: If it is not finite, everything stays as it is.
         """
-        if not norms.isfinite().all():
+        if not measurement.finite:
             self.skipped += 1
             _warn(
                 f'update {update} has gradients that are NaN or infinite; '
@@ -68,7 +82,7 @@ class Modulator:
                 'skipped so far)'
             )
             return
-        phis = split_variance(norms)
+        phis = measurement.variance
         scales = modulate(
             torch.tensor(list(self.lr_scale.values()), dtype=torch.float64),
             phis,
@@ -81,9 +95,24 @@ class Modulator:
         for module, phi in zip(self.modules, phis):
             if not phi.isnan():
                 self.variance[module] = phi.item()
+        self._average(self._signal, phis, measurement.signal)
+        self._average(self._noise, phis, measurement.noise)
         self.measured += 1
         self.history.append((update, phis.tolist()))
         del self.history[:-HISTORY_LENGTH]
+
+    def _average(
+        self, averages: Dict[str, float], phis: Tensor, new: Optional[Tensor]
+    ) -> None:
+        """Move averages of the modules that were measured."""
+        if new is None:
+            return
+        for module, phi, value in zip(self.modules, phis, new.tolist()):
+            if not phi.isnan():
+                old = averages.get(module, value)
+                averages[module] = (
+                    self.ema_decay * old + (1 - self.ema_decay) * value
+                )
 
     def state_dict(self) -> Dict[str, Any]:
         """Plain numbers, strings, lists and dicts, by name of module."""
@@ -93,6 +122,8 @@ class Modulator:
             variance=dict(self.variance),
             measured=self.measured,
             skipped=self.skipped,
+            signal=dict(self._signal),
+            noise=dict(self._noise),
             history=[[update, list(phis)] for update, phis in self.history],
         )
 
@@ -110,6 +141,12 @@ class Modulator:
             self.variance[module] = state['variance'].get(module, 1.0)
         self.measured = state['measured']
         self.skipped = state['skipped']
+        for name, own in (('signal', self._signal), ('noise', self._noise)):
+            own.update(
+                (module, value)
+                for module, value in state[name].items()
+                if module in self.modules
+            )
         self.history = []
         for update, phis in state['history']:
             phi_of = dict(zip(state['modules'], phis))

@@ -11,10 +11,11 @@ from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 
 from .grad_variance import (
-    HalfBatches,
-    build_halves,
+    ESTIMATORS,
+    REDUCTIONS,
+    GradVariance,
+    build_grad_variance,
     has_second_moment,
-    module_norms,
 )
 from .modulator import Modulator
 from .optim_state import regroup
@@ -52,10 +53,14 @@ class AGVMOptimWrapper(OptimWrapper):
         end: Measuring stops before this update, mu stays. Defaults to None,
             never.
         anchor: The module that the others follow. Defaults to 'backbone'.
-        estimator: How phi is estimated; 'split', the paper's: one half of
-            the ranks (or micro-batches) against the other.
+        estimator: How phi is estimated: 'split', the paper's, one half of
+            the ranks (or micro-batches) against the other; 'pairs', each
+            against each, from norms alone. Defaults to 'split'.
         eps: Added to both variances of the ratio. Defaults to 1e-6.
         ratio_range: Bounds of the ratio, around 1. Defaults to (0.1, 10).
+        comm_hook: Type in which ranks exchange gradients, 'fp16' or 'bf16',
+            by torch's communication hooks of that name. Defaults to None,
+            the gradients' own.
         kwargs: Of the next class in line.
 
     Raises:
@@ -82,10 +87,18 @@ class AGVMOptimWrapper(OptimWrapper):
         estimator: str = 'split',
         eps: float = 1e-6,
         ratio_range: Tuple[float, float] = (0.1, 10.0),
+        comm_hook: Optional[str] = None,
         **kwargs: Any,
     ) -> None:
         _check_settings(
-            interval, ema_decay, begin, end, estimator, eps, ratio_range
+            interval,
+            ema_decay,
+            begin,
+            end,
+            estimator,
+            eps,
+            ratio_range,
+            comm_hook,
         )
         super().__init__(
             optimizer=optimizer,
@@ -113,7 +126,9 @@ class AGVMOptimWrapper(OptimWrapper):
         self.parameter_names: List[str] = []
 
         self._update = 0
-        self._halves: Optional[HalfBatches] = None
+        self._grad_variance: Optional[GradVariance] = None
+        self.estimator = estimator
+        self._comm_hook = comm_hook
         self._told_raw = False
 
     @property
@@ -124,12 +139,29 @@ class AGVMOptimWrapper(OptimWrapper):
     @property
     def world_size(self) -> int:
         """Ranks whose gradients are averaged; 1 before training starts."""
-        return 1 if self._halves is None else self._halves.world_size
+        measured = self._grad_variance
+        return 1 if measured is None else measured.world_size
 
     @property
     def accumulative_counts(self) -> int:
         """Micro-batches in an update."""
         return int(self._accumulative_counts)
+
+    @property
+    def noise_scale(self) -> Dict[str, float]:
+        """Gradient noise scale of every module in images (McCandlish 2018).
+
+        The batch size at which the gradient's noise is as large as its
+        signal: 1 until it has been measured, infinite while no signal shows.
+        """
+        images = self.batch.get('images_per_rank', 1)
+        if self.world_size > 1:  # else each micro-batch is a sample
+            images *= self.accumulative_counts
+        samples = self.modulator.noise_scale
+        return {
+            module: images * samples[module] if module in samples else 1.0
+            for module in self.modulator.modules
+        }
 
     # -- when to measure
 
@@ -145,31 +177,32 @@ class AGVMOptimWrapper(OptimWrapper):
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """See the base class; also decides whether to measure this update."""
-        halves = self._attach(model)
+        grad_variance = self._attach(model)
         if self._starts_update() and self._is_due():
-            halves.start()
+            grad_variance.start()
         with super().optim_context(model):
             yield
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """See the base class."""
         super().backward(loss, **kwargs)
-        if self._halves is not None:
-            self._halves.after_backward(
+        if self._grad_variance is not None:
+            self._grad_variance.after_backward(
                 (self._inner_count - 1) % self.accumulative_counts + 1
             )
 
-    def _attach(self, model: nn.Module) -> HalfBatches:
-        if self._halves is None:
-            params = [
-                param
-                for group in self.optimizer.param_groups
-                for param in group['params']
-            ]
-            self._halves = build_halves(
-                model, params, self.accumulative_counts
+    def _attach(self, model: nn.Module) -> GradVariance:
+        if self._grad_variance is None:
+            modules = self.modulator.modules
+            self._grad_variance = build_grad_variance(
+                self.estimator,
+                self.optimizer,
+                [modules.index(module) for module in self._group_modules],
+                model,
+                self.accumulative_counts,
+                self._comm_hook,
             )
-        return self._halves
+        return self._grad_variance
 
     def _starts_update(self) -> bool:
         return bool(self._inner_count % self.accumulative_counts == 0)
@@ -190,22 +223,22 @@ class AGVMOptimWrapper(OptimWrapper):
 
     def step(self, **kwargs: Any) -> None:
         """Measure if it is time, then step with ``lr * mu`` (Alg. 1, 2)."""
-        if self._halves is not None and self._halves.measuring:
-            self._measure(self._halves)
+        grad_variance = self._grad_variance
+        if grad_variance is not None and grad_variance.measuring:
+            measurement = grad_variance.measure(self._grad_scale())
+            self.modulator.update(self._update, measurement)
+            self._tell_raw()
         with self._scaled_lr():
             super().step(**kwargs)
-        self._update += 1
+        self._update += self._has_stepped()
 
-    def _measure(self, halves: HalfBatches) -> None:
-        modules = self.modulator.modules
-        norms = module_norms(
-            self.optimizer.param_groups,
-            self.optimizer.state,
-            [modules.index(module) for module in self._group_modules],
-            halves.signed(),
-        )
-        self.modulator.update(self._update, norms)
-        self._tell_raw()
+    def _has_stepped(self) -> bool:
+        """Whether the last :meth:`step` was an update."""
+        return True
+
+    def _grad_scale(self) -> Optional[Tensor]:
+        """By what a loss scaler has multiplied the gradients."""
+        return None
 
     @contextmanager
     def _scaled_lr(self) -> Iterator[None]:
@@ -304,6 +337,7 @@ def _check_settings(
     estimator: str,
     eps: float,
     ratio_range: Tuple[float, float],
+    comm_hook: Optional[str],
 ) -> None:
     """Refuse what cannot be meant."""
     checks = [
@@ -326,9 +360,14 @@ def _check_settings(
             'measure until training ends',
         ),
         (
-            estimator == 'split',
+            estimator in ESTIMATORS,
             f'estimator={estimator!r}',
-            "an estimator: write 'split'",
+            "an estimator: write 'split' or 'pairs'",
+        ),
+        (
+            comm_hook in REDUCTIONS,
+            f'comm_hook={comm_hook!r}',
+            "a way to send gradients: write 'fp16', 'bf16' or None",
         ),
         (
             eps >= 0,

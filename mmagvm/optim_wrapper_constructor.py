@@ -58,7 +58,8 @@ class AGVMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise ValueError(
                 f'type={wrapper_type!r} in optim_wrapper does not modulate '
                 'anything, so AGVMOptimWrapperConstructor does not build it: '
-                "set type='AGVMOptimWrapper'"
+                "set type='AGVMOptimWrapper', or 'AGVMAmpOptimWrapper' for "
+                'mixed precision'
             )
 
     def __call__(self, model: nn.Module) -> OptimWrapper:

@@ -35,6 +35,7 @@ class Oracle:
         eps: float = 1e-6,
         ratio_range=(0.1, 10.0),
         anchor: str = 'backbone',
+        estimator: str = 'split',
     ) -> None:
         self.params = dict(model.named_parameters())
         self.model = model
@@ -45,6 +46,7 @@ class Oracle:
         self.interval, self.begin = interval, begin
         self.ema_decay, self.eps = ema_decay, eps
         self.ratio_range, self.anchor = ratio_range, anchor
+        self.estimator = estimator
         self.t = 0
         self.modules = list(dict.fromkeys(map(module_of, self.params)))
         self.mu = dict.fromkeys(self.modules, 1.0)
@@ -67,7 +69,9 @@ class Oracle:
             samples += parts if self.ranks == 1 else [mean(parts)]
         g = mean(samples)
         if self.t >= self.begin and (self.t - self.begin) % self.interval == 0:
-            if self.ranks > 1:
+            if self.estimator == 'pairs':
+                self.measure_pairs(samples)
+            elif self.ranks > 1:
                 self.measure(g, mean(samples[::2]), mean(samples[1::2]))
             else:
                 half = self.accumulation // 2
@@ -99,6 +103,41 @@ class Oracle:
                 self.phi.pop(module, None)
             else:
                 self.phi[module] = phi
+        self.modulate()
+
+    def measure_pairs(self, samples: List[Vectors]) -> None:
+        """From the inner products of all pairs, not from two norms."""
+        if self.optimizer == 'AdamW' and self.t == 0:
+            return  # no second moment yet
+        count = len(samples)
+        for module in self.modules:
+            flat = []
+            for sample in samples:
+                parts = []
+                for name in self.params:
+                    if module_of(name) != module:
+                        continue
+                    g = sample.get(name, torch.zeros_like(self.params[name]))
+                    if self.optimizer == 'AdamW':
+                        v = self.state[name].get('v', torch.zeros_like(g))
+                        g = g / (v.sqrt() + 1e-8)
+                    parts.append(g.flatten())
+                flat.append(torch.cat(parts))
+            pairs = [
+                (flat[i] @ flat[j]).item()
+                for i in range(count)
+                for j in range(i)
+            ]
+            signal = sum(pairs) / len(pairs)  # unbiased |true gradient|^2
+            square = sum((f @ f).item() for f in flat) / count
+            noise = square - signal
+            if square > 0:
+                self.phi[module] = 1 - signal / (signal + 2 * noise / count)
+            else:
+                self.phi.pop(module, None)
+        self.modulate()
+
+    def modulate(self) -> None:
         if self.anchor not in self.phi:
             return
         for module in self.phi:

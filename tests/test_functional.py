@@ -9,7 +9,10 @@ from mmagvm.functional import (
     adam_divisor,
     half_batch_norms,
     modulate,
+    pairs_noise,
+    pairs_variance,
     split_variance,
+    squared_norms,
 )
 
 
@@ -126,3 +129,45 @@ def test_unmeasured_module_keeps_its_scale():
     nan = math.nan
     assert modulated([1.0, nan], lr_scale=(1.0, 3.0)) == [1.0, 3.0]
     assert modulated([nan, 1.0], lr_scale=(1.0, 3.0)) == [1.0, 3.0]
+
+
+def pairs(*samples):
+    """phi, signal and noise of samples, each a vector."""
+    stacked = torch.tensor(samples, dtype=torch.float64)
+    local = stacked.square().sum(1).mean()[None]
+    mean = stacked.mean(0).square().sum()[None]
+    signal, noise = pairs_noise(local, mean, len(samples))
+    phi = pairs_variance(local, mean, len(samples))
+    return phi.item(), signal.item(), noise.item()
+
+
+@pytest.mark.parametrize(
+    'samples, expected',
+    [
+        (([3.0, 4.0], [3.0, 4.0]), (0, 25, 0)),  # identical
+        (([3.0, 4.0], [-3.0, -4.0]), (2, -25, 50)),  # opposite
+        (([3.0, 4.0], [4.0, -3.0]), (1, 0, 25)),  # orthogonal
+        # three: products 0, 0 and 1, squares 1, 1 and 1
+        (([1.0, 0.0], [0.0, 1.0], [1.0, 0.0]), (1 - 3 / 7, 1 / 3, 2 / 3)),
+    ],
+)
+def test_pairs_by_hand(samples, expected):
+    # phi = 1 - signal / (signal + 2 * noise / W); (1/3) / (1/3 + 4/9) = 3/7
+    assert pairs(*samples) == pytest.approx(expected)
+
+
+def test_estimators_agree_on_two_samples_of_equal_norm():
+    torch.manual_seed(0)
+    first, second = torch.nn.functional.normalize(torch.randn(2, 50))
+    assert pairs(first.tolist(), second.tolist())[0] == pytest.approx(
+        variance([first.tolist()], [second.tolist()]), abs=1e-6
+    )
+
+
+def test_pairs_without_gradient_have_no_variance():
+    assert math.isnan(pairs([0.0], [0.0])[0])
+
+
+def test_squared_norms():
+    tensors = [torch.tensor([3.0, 4.0]), torch.tensor([[2.0]])]
+    assert squared_norms(tensors).tolist() == [25, 4]

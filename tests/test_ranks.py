@@ -12,14 +12,18 @@ import mmagvm  # noqa: F401
 
 UPDATES = 6
 SETTINGS = dict(interval=2, ema_decay=0.5, begin=1)
-#: optimizer, accumulation, does a head idle on some ranks
+#: estimator, optimizer, accumulation, does a head idle on some ranks
 SCENARIOS = [
-    ('SGD', 1, False),
-    ('AdamW', 1, False),
-    ('SGD', 2, False),
-    ('AdamW', 3, False),
-    ('SGD', 1, True),
-    ('AdamW', 2, True),
+    (estimator, *rest)
+    for estimator in ('split', 'pairs')
+    for rest in (
+        ('SGD', 1, False),
+        ('AdamW', 1, False),
+        ('SGD', 2, False),
+        ('AdamW', 3, False),
+        ('SGD', 1, True),
+        ('AdamW', 2, True),
+    )
 ]
 RANKS = (2, 3, 4)
 
@@ -29,10 +33,17 @@ def parallel(model, **kwargs):
     return DistributedDataParallel(model, bucket_cap_mb=2e-4, **kwargs)
 
 
-def train_rank(rank, world_size, optimizer, accumulation, idle_head):
+def settings_of(estimator, optimizer):
+    """AdamW from the very first update, when it has no state yet."""
+    begin = 0 if optimizer == 'AdamW' else 1
+    return dict(SETTINGS, begin=begin, estimator=estimator)
+
+
+def train_rank(
+    rank, world_size, estimator, optimizer, accumulation, idle_head
+):
     model = make_model(idle_head=idle_head)
-    # AdamW from the very first update, when it has no state yet
-    settings = dict(SETTINGS, begin=0) if optimizer == 'AdamW' else SETTINGS
+    settings = settings_of(estimator, optimizer)
     wrapper = build_optim_wrapper(
         model,
         wrapper_cfg(optimizer, accumulative_counts=accumulation, **settings),
@@ -49,29 +60,76 @@ def train_rank(rank, world_size, optimizer, accumulation, idle_head):
     )
 
 
-def train_plain_and_measured(rank, world_size, gradient_as_bucket_view):
-    """Weights under plain DDP, and with measuring that modulates nothing."""
-    weights = []
-    for settings in (None, dict(interval=2, ratio_range=(1, 1))):
-        model = make_model().float()
-        cfg = wrapper_cfg() if settings is None else wrapper_cfg(**settings)
-        if settings is None:
-            cfg.update(
-                type='OptimWrapper',
-                constructor='DefaultOptimWrapperConstructor',
-            )
-        wrapper = build_optim_wrapper(model, cfg)
-        ddp = parallel(model, gradient_as_bucket_view=gradient_as_bucket_view)
-        for update in range(UPDATES):
-            with wrapper.optim_context(ddp):
-                loss = ddp(make_batch(update, rank, 0).float())
-            wrapper.update_params(loss)
-        weights.append(model.state_dict())
-    assert wrapper.modulator.measured == 3
-    return weights
+#: Ways to wrap a model and to build an optimizer that must not matter.
+FLAVOURS = [
+    dict(),
+    dict(ddp=dict(gradient_as_bucket_view=True)),
+    dict(ddp=dict(find_unused_parameters=True)),
+    dict(ddp=dict(static_graph=True)),
+    dict(optimizer=dict(foreach=True)),
+    dict(optimizer=dict(fused=True)),
+    dict(
+        optimizer=dict(
+            type='ZeroRedundancyOptimizer',
+            optimizer_type='SGD',
+            lr=0.05,
+            momentum=0.9,
+        )
+    ),
+]
 
 
-def count_collectives(rank, world_size):
+def train_flavour(rank, estimator, flavour):
+    """Weights of float32 training, plain or with mu held at 1."""
+    model = make_model().float()
+    settings = dict(interval=2, ratio_range=(1, 1), estimator=estimator)
+    cfg = wrapper_cfg(**(settings if estimator else {}))
+    if 'type' in flavour.get('optimizer', {}):
+        cfg['optimizer'] = dict(flavour['optimizer'])
+    else:
+        cfg['optimizer'].update(flavour.get('optimizer', {}))
+    if not estimator:
+        cfg['type'] = 'OptimWrapper'
+        cfg['constructor'] = 'DefaultOptimWrapperConstructor'
+    wrapper = build_optim_wrapper(model, cfg)
+    ddp = parallel(model, **flavour.get('ddp', {}))
+    for update in range(UPDATES):
+        with wrapper.optim_context(ddp):
+            loss = ddp(make_batch(update, rank, 0).float())
+        wrapper.update_params(loss)
+    if estimator:
+        assert wrapper.modulator.measured == 3
+    return model.state_dict()
+
+
+def train_flavours(rank, world_size):
+    return [
+        [
+            train_flavour(rank, estimator, flavour)
+            for estimator in (None, 'split', 'pairs')
+        ]
+        for flavour in FLAVOURS
+    ]
+
+
+def train_compressed(rank, world_size, estimator, comm_hook):
+    """First phis, and weights, with gradients sent in a narrow type."""
+    model = make_model().float()
+    wrapper = build_optim_wrapper(
+        model,
+        wrapper_cfg(
+            interval=2, ema_decay=0.5, estimator=estimator, comm_hook=comm_hook
+        ),
+    )
+    ddp = parallel(model)
+    for update in range(UPDATES):
+        with wrapper.optim_context(ddp):
+            loss = ddp(make_batch(update, rank, 0).float())
+        wrapper.update_params(loss)
+    return wrapper.modulator.history[0][1], model.state_dict()
+
+
+def count_collectives(rank, world_size, estimator):
     """Elements all-reduced in each update, measured or not."""
     import torch.distributed as dist
 
@@ -84,7 +142,9 @@ def count_collectives(rank, world_size):
     dist.all_reduce = counting
     try:
         model = make_model()
-        wrapper = build_optim_wrapper(model, wrapper_cfg(interval=3))
+        wrapper = build_optim_wrapper(
+            model, wrapper_cfg(interval=3, estimator=estimator)
+        )
         ddp = parallel(model)
         for update in range(4):
             sent.append(0)
@@ -109,20 +169,86 @@ def refuse_second_hook(rank, world_size):
         train(model, build_optim_wrapper(model, wrapper_cfg()), 1, rank)
 
 
-def train_nan(rank, world_size):
-    """A NaN on one rank: every rank must keep its lr_scale."""
+def spoil(model, fault, rank):
+    """Put a fault into one rank's, or every rank's, local gradients."""
+    everywhere = fault.startswith('every')
+    value = float('inf') if fault.endswith('inf') else float('nan')
+    if everywhere or rank == 1:
+        module = model.neck if 'neck' in fault else model
+        for param in module.parameters():
+            param.register_hook(lambda grad: grad * value)
+
+
+FAULTS = ('one nan', 'one inf', 'every nan', 'one neck nan', 'every neck inf')
+
+
+def train_faulty(rank, world_size, estimator, fault):
+    """lr_scale and phi before and after a measured update that is spoilt."""
     model = make_model()
-    wrapper = build_optim_wrapper(model, wrapper_cfg(interval=1))
+    wrapper = build_optim_wrapper(
+        model, wrapper_cfg(interval=1, estimator=estimator)
+    )
     ddp = parallel(model)
     train(ddp, wrapper, 2, rank)
     before = dict(wrapper.modulator.lr_scale), dict(wrapper.modulator.variance)
-    with wrapper.optim_context(ddp):
-        loss = ddp(make_batch(2, rank, 0))
-    wrapper.update_params(loss * (float('nan') if rank == 1 else 1))
-    return (
-        before,
-        (wrapper.modulator.lr_scale, wrapper.modulator.variance),
-        wrapper.modulator.skipped,
+    lrs = [group['lr'] for group in wrapper.optimizer.param_groups]
+    spoil(model, fault, rank)
+    train(ddp, wrapper, 3, rank, start=2)
+    assert lrs == [group['lr'] for group in wrapper.optimizer.param_groups]
+    after = dict(wrapper.modulator.lr_scale), dict(wrapper.modulator.variance)
+    return before, after, wrapper.modulator.skipped
+
+
+def train_zero(rank, world_size, estimator):
+    """A module whose gradient is zero everywhere keeps its lr_scale."""
+    model = make_model()
+    wrapper = build_optim_wrapper(
+        model, wrapper_cfg(interval=1, estimator=estimator)
+    )
+    ddp = parallel(model)
+    train(ddp, wrapper, 2, rank)
+    before = dict(wrapper.modulator.lr_scale)
+    for param in model.rpn_head.parameters():
+        param.register_hook(torch.zeros_like)
+    train(ddp, wrapper, 4, rank, start=2)
+    return before, wrapper.modulator.lr_scale, wrapper.modulator.measured
+
+
+def refuse_sharded_adam(rank, world_size):
+    cfg = wrapper_cfg()
+    cfg['optimizer'] = dict(
+        type='ZeroRedundancyOptimizer', optimizer_type='AdamW', lr=0.01
+    )
+    model = make_model()
+    with pytest.raises(ValueError, match="optimizer_type='SGD'"):
+        train(parallel(model), build_optim_wrapper(model, cfg), 1, rank)
+
+
+def train_skipped(rank, world_size, estimator):
+    """An overflow on one rank, under a loss scaler: what each rank has then.
+
+    The third of five iterations overflows, so its update must not count and
+    the measurement that was due in it must come with the next.
+    """
+    from test_amp import amp_wrapper
+
+    model = make_model()
+    wrapper = amp_wrapper(
+        model, accumulative_counts=1, interval=2, estimator=estimator
+    )
+    ddp = parallel(model)
+    for iteration in range(5):
+        with wrapper.optim_context(ddp):
+            loss = ddp(make_batch(iteration, rank, 0))
+        overflows = iteration == 2 and rank == 1
+        wrapper.update_params(loss * float('inf') if overflows else loss)
+    modulator = wrapper.modulator
+    return dict(
+        weights=model.state_dict(),
+        lr_scale=modulator.lr_scale,
+        update=wrapper.update,
+        measured=[update for update, _ in modulator.history],
+        skipped=modulator.skipped,
     )
 
 
@@ -159,18 +285,30 @@ def run_all(rank, world_size):
         scenario: train_rank(rank, world_size, *scenario)
         for scenario in SCENARIOS
     }
-    results['plain'] = [
-        train_plain_and_measured(rank, world_size, view)
-        for view in (False, True)
-    ]
-    results['collectives'] = count_collectives(rank, world_size)
-    results['nan'] = train_nan(rank, world_size)
+    results['flavours'] = train_flavours(rank, world_size)
+    for estimator in ('split', 'pairs'):
+        results['collectives', estimator] = count_collectives(
+            rank, world_size, estimator
+        )
+        for fault in FAULTS:
+            results[fault, estimator] = train_faulty(
+                rank, world_size, estimator, fault
+            )
+        results['skipped', estimator] = train_skipped(
+            rank, world_size, estimator
+        )
+        results['zero', estimator] = train_zero(rank, world_size, estimator)
+        for comm_hook in (None, 'fp16', 'bf16'):
+            results[comm_hook, estimator] = train_compressed(
+                rank, world_size, estimator, comm_hook
+            )
     results['resumed'] = [
         train_resumed(rank, world_size, optimizer)
         for optimizer in ('SGD', 'AdamW')
     ]
     if world_size == 2:
         refuse_second_hook(rank, world_size)
+        refuse_sharded_adam(rank, world_size)
     return results
 
 
@@ -181,9 +319,9 @@ def results(request):
 
 @pytest.mark.parametrize('scenario', SCENARIOS, ids=str)
 def test_ranks_equal_the_oracle(results, scenario):
-    optimizer, accumulation, idle_head = scenario
+    estimator, optimizer, accumulation, idle_head = scenario
     model = make_model(idle_head=idle_head)
-    settings = dict(SETTINGS, begin=0) if optimizer == 'AdamW' else SETTINGS
+    settings = settings_of(estimator, optimizer)
     oracle = Oracle(
         model,
         make_batch,
@@ -196,7 +334,9 @@ def test_ranks_equal_the_oracle(results, scenario):
         oracle.update()
     for result in (ranks[scenario] for ranks in results):
         assert result['world_size'] == len(results)
-        assert result['measured'] == 3
+        # `pairs` waits for AdamW's second moment
+        waits = estimator == 'pairs' and optimizer == 'AdamW'
+        assert result['measured'] == (2 if waits else 3)
         assert set(result['lr_scale']) == set(MODULES)
         assert result['lr_scale'] == pytest.approx(oracle.mu, rel=1e-9)
         assert max(abs(mu - 1) for mu in oracle.mu.values()) > 0.05
@@ -217,21 +357,49 @@ def test_all_ranks_agree_bit_for_bit(results):
                 assert torch.equal(other['weights'][name], weight)
 
 
-def test_measuring_alone_changes_no_bit_of_training(results):
-    for plain, measured in results[0]['plain']:
+@pytest.mark.parametrize(
+    'flavour', range(len(FLAVOURS)), ids=FLAVOURS.__getitem__
+)
+def test_measuring_alone_changes_no_bit_of_training(results, flavour):
+    plain, *measured = results[0]['flavours'][flavour]
+    for weights in measured:
         for name, weight in plain.items():
-            assert torch.equal(measured[name], weight), name
+            assert torch.equal(weights[name], weight), name
 
 
 def test_only_a_measured_update_sends_more(results):
-    sent, numel = results[0]['collectives']
+    sent, numel = results[0]['collectives', 'split']
     assert sent == [2 * numel, numel, numel, 2 * numel]
+    sent, numel = results[0]['collectives', 'pairs']
+    extra = len(MODULES)
+    assert sent == [numel + extra, numel, numel, numel + extra]
 
 
-def test_nan_on_one_rank_leaves_every_rank_as_it_was(results):
-    for before, after, skipped in (ranks['nan'] for ranks in results):
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+@pytest.mark.parametrize('fault', FAULTS)
+def test_fault_leaves_every_rank_as_it_was(results, estimator, fault):
+    for before, after, skipped in (r[fault, estimator] for r in results):
         assert after == before
         assert skipped == 1
+
+
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+def test_module_of_zero_gradient_keeps_its_multiplier(results, estimator):
+    for before, after, measured in (r['zero', estimator] for r in results):
+        assert measured == 4
+        assert after['rpn_head'] == before['rpn_head']
+        assert after['neck'] != before['neck']
+
+
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+@pytest.mark.parametrize('comm_hook', ['fp16', 'bf16'])
+def test_compressed_gradients_are_measured_too(results, estimator, comm_hook):
+    exact, _ = results[0][None, estimator]
+    for variance, weights in (r[comm_hook, estimator] for r in results):
+        assert variance != exact
+        assert variance == pytest.approx(exact, abs=0.02)
+        for name, weight in results[0][comm_hook, estimator][1].items():
+            assert torch.equal(weights[name], weight)
 
 
 def test_resumed_training_equals_uninterrupted(results):
@@ -239,3 +407,17 @@ def test_resumed_training_equals_uninterrupted(results):
         assert resumed_scale == lr_scale
         for name, weight in weights.items():
             assert torch.equal(resumed[name], weight), name
+
+
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+def test_update_that_the_scaler_skips_is_none_on_any_rank(results, estimator):
+    first, *others = (ranks['skipped', estimator] for ranks in results)
+    assert first['update'] == 4
+    assert first['measured'] == [0, 2]
+    assert first['skipped'] == 1
+    for other in others:
+        assert other['lr_scale'] == first['lr_scale']
+        assert other['measured'] == first['measured']
+        for name, weight in first['weights'].items():
+            assert weight.isfinite().all()
+            assert torch.equal(other['weights'][name], weight)

@@ -255,7 +255,11 @@ default_hooks = dict(
 @pytest.mark.parametrize(
     'args, message',
     [
-        ([RECIPE, '--amp'], "'AGVMOptimWrapper' has no mixed-precision"),
+        (
+            [RECIPE, '--amp', '--cfg-options']
+            + ['optim_wrapper.type=ApexOptimWrapper'],
+            "'ApexOptimWrapper' has no mixed-precision",
+        ),
         (
             [QUICKSTART, '--auto-scale-lr', '--cfg-options']
             + ['auto_scale_lr={}'],

@@ -33,13 +33,16 @@ def parse_args():
 def enable_amp(cfg: Config) -> None:
     """Replace the optimizer wrapper by its mixed-precision counterpart."""
     amp_of = dict(
-        OptimWrapper='AmpOptimWrapper', AmpOptimWrapper='AmpOptimWrapper'
+        OptimWrapper='AmpOptimWrapper',
+        AmpOptimWrapper='AmpOptimWrapper',
+        AGVMOptimWrapper='AGVMAmpOptimWrapper',
+        AGVMAmpOptimWrapper='AGVMAmpOptimWrapper',
     )
     plain = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if plain not in amp_of:
         raise SystemExit(
             f'--amp: optim_wrapper.type={plain!r} has no mixed-precision '
-            'counterpart yet: train without --amp'
+            'counterpart: train without --amp'
         )
     cfg.optim_wrapper.type = amp_of[plain]
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')

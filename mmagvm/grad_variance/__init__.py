@@ -1,0 +1,14 @@
+"""Estimators of the gradient variance; the only user of torch.distributed."""
+
+from .base import GradVariance, Measurement, has_second_moment
+from .build import ESTIMATORS, build_grad_variance
+from .ranks import REDUCTIONS
+
+__all__ = [
+    'ESTIMATORS',
+    'GradVariance',
+    'Measurement',
+    'REDUCTIONS',
+    'build_grad_variance',
+    'has_second_moment',
+]

@@ -1,0 +1,95 @@
+"""Picks the estimator that fits how a model is trained, or says why none."""
+
+from typing import Callable, Dict, Optional, Sequence, Tuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .base import GradVariance
+from .pairs import PairsMicroBatches, PairsRanks
+from .split import SplitMicroBatches, SplitRanks
+
+Builders = Tuple[Callable[..., GradVariance], Callable[..., GradVariance]]
+
+#: By name: over ranks, and over one rank's micro-batches.
+ESTIMATORS: Dict[str, Builders] = {
+    'split': (SplitRanks, SplitMicroBatches),
+    'pairs': (PairsRanks, PairsMicroBatches),
+}
+#: Names of model wrappers that keep gradients in shards of their own.
+SHARDED = (
+    'DeepSpeedEngine',
+    'MMDeepSpeedEngineWrapper',
+    'FullyShardedDataParallel',
+)
+
+
+def build_grad_variance(
+    estimator: str,
+    optimizer: torch.optim.Optimizer,
+    modules: Sequence[int],
+    model: nn.Module,
+    accumulative_counts: int,
+    comm_hook: Optional[str] = None,
+) -> GradVariance:
+    """The estimator for ``model``.
+
+    Args:
+        estimator: A key of ``ESTIMATORS``.
+        optimizer: Of all trainable parameters.
+        modules: Index of each parameter group's module, 0 to h - 1.
+        model: As training calls it, in its data-parallel wrapper if any.
+        accumulative_counts: Micro-batches in an update.
+        comm_hook: As in :class:`~mmagvm.grad_variance.ranks.RankVariance`.
+
+    Raises:
+        ValueError: AGVM cannot measure in this setting; says what can.
+    """
+    _refuse_shards(optimizer, model)
+    over_ranks, over_micro_batches = ESTIMATORS[estimator]
+    if isinstance(model, DistributedDataParallel):
+        if dist.get_world_size(model.process_group) > 1:
+            return over_ranks(optimizer, modules, model, comm_hook)
+    elif dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f'AGVM measures in the gradient reduction of DistributedData'
+            f'Parallel, but with {dist.get_world_size()} ranks the model is '
+            f'a {type(model).__name__}: train with MMDistributedDataParallel'
+        )
+    if accumulative_counts < 2:
+        raise ValueError(
+            'AGVM compares parts of the batch, and one rank with '
+            f'accumulative_counts={accumulative_counts} has only one part: '
+            'train on 2 or more ranks, or set accumulative_counts=2 or more '
+            'in optim_wrapper'
+        )
+    return over_micro_batches(optimizer, modules, accumulative_counts)
+
+
+def _refuse_shards(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    wrappers = {cls.__name__ for cls in type(model).__mro__}
+    for name in SHARDED:
+        if name in wrappers:
+            raise ValueError(
+                f'AGVM does not support {name}, which keeps gradients and '
+                'optimizer in shards of its own: train with '
+                'MMDistributedDataParallel'
+            )
+    groups = optimizer.param_groups
+    if any(type(p).__name__ == 'DTensor' for g in groups for p in g['params']):
+        raise ValueError(
+            'AGVM does not support sharded parameters (fully_shard): train '
+            'with MMDistributedDataParallel'
+        )
+    optimizers = {cls.__name__ for cls in type(optimizer).__mro__}
+    if 'ZeroRedundancyOptimizer' in optimizers and any(
+        'betas' in group for group in groups
+    ):
+        raise ValueError(
+            'AGVM needs the second moment of every parameter on every rank, '
+            'which ZeroRedundancyOptimizer has spread: set '
+            "optimizer.type='AdamW' itself, or ZeroRedundancyOptimizer with "
+            "optimizer_type='SGD'"
+        )

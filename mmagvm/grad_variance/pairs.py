@@ -1,0 +1,165 @@
+"""Estimator ``pairs``: all pairs of samples, from norms alone.
+
+A sample is a rank's gradient, or a micro-batch's. Of W samples g_r it needs
+r2 = mean |g_r|^2, known before they are averaged, and g2 = |mean g_r|^2,
+known afterwards: nothing but r2 of every module has to be sent.
+"""
+
+from abc import abstractmethod
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..functional import pairs_noise, pairs_variance, squared_norms
+from .base import GradVariance, Measurement, exp_avg_sq, has_second_moment
+from .ranks import RankVariance
+
+
+class Pairs(GradVariance):
+    """phi, and the noise scale, from r2 and g2.
+
+    Under an adaptive optimizer gradients are divided by the second moment
+    before this update, since this update's is not known before the average;
+    while there is none, :meth:`start` does nothing.
+    """
+
+    #: W, how many samples are compared.
+    samples: int
+
+    def start(self) -> None:
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        if any(state.values()) or not any(
+            has_second_moment(group, state) for group in groups
+        ):
+            super().start()
+
+    @abstractmethod
+    def local_squares(self) -> Tensor:
+        """(h,) r2 of every module."""
+
+    def measure(self, grad_scale: Optional[Tensor] = None) -> Measurement:
+        # a scale cancels: the divisor does not know this update's gradient
+        self.measuring = False
+        squares = torch.stack(
+            [self.local_squares(), self.sum_by_module(self._mean_square)], 1
+        ).cpu()
+        local, mean = squares.unbind(1)
+        signal, noise = pairs_noise(local, mean, self.samples)
+        return Measurement(
+            pairs_variance(local, mean, self.samples),
+            bool(squares.isfinite().all()),
+            signal,
+            noise,
+        )
+
+    def _mean_square(self, group: Dict[str, Any]) -> Optional[Tensor]:
+        grads = {p: p.grad for p in group['params'] if p.grad is not None}
+        if not grads:
+            return None
+        return self.squares(group, list(grads), list(grads.values())).sum()
+
+    def squares(
+        self,
+        group: Dict[str, Any],
+        params: Sequence[Tensor],
+        grads: List[Tensor],
+    ) -> Tensor:
+        """Squared norms of gradients of one group's parameters, (n,)."""
+        state = self.optimizer.state
+        if has_second_moment(group, state):
+            divisor = torch._foreach_sqrt(
+                [exp_avg_sq(state, param) for param in params]
+            )
+            torch._foreach_add_(divisor, float(group['eps']))
+            grads = list(torch._foreach_div(grads, divisor))
+        return squared_norms(grads)
+
+
+class PairsRanks(Pairs, RankVariance):
+    """Every rank against every other: h floats to send."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.samples = self.world_size
+        self._squares: Dict[Tensor, Tensor] = {}
+
+    def start(self) -> None:
+        super().start()
+        self._squares = {}
+
+    def observe(
+        self,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> None:
+        grad_of = dict(zip(bucket.parameters(), bucket.gradients()))
+        for group in self.optimizer.param_groups:
+            params = [p for p in group['params'] if p in grad_of]
+            if params:
+                grads = [grad_of[p] for p in params]
+                self._squares.update(
+                    zip(params, self.squares(group, params, grads))
+                )
+
+    def local_squares(self) -> Tensor:
+        squares, self._squares = self._squares, {}
+
+        def square_of(group: Dict[str, Any]) -> Optional[Tensor]:
+            parts = [squares[p] for p in group['params'] if p in squares]
+            return torch.stack(parts).sum() if parts else None
+
+        local = self.sum_by_module(square_of) / self.world_size
+        dist.all_reduce(local, group=self.group)
+        return local
+
+
+class PairsMicroBatches(Pairs):
+    """Every micro-batch of one rank against every other.
+
+    A micro-batch's gradient is what it adds to the accumulated one, of which
+    a copy is kept meanwhile.
+
+    Args:
+        optimizer: As in the base class.
+        modules: As in the base class.
+        accumulative_counts: K, 2 or more.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        modules: Sequence[int],
+        accumulative_counts: int,
+    ) -> None:
+        super().__init__(optimizer, modules)
+        self.samples = accumulative_counts
+        self._accumulated: Dict[Tensor, Tensor] = {}
+        self._local: List[Tensor] = []
+
+    def start(self) -> None:
+        super().start()
+        self._accumulated, self._local = {}, []
+
+    def after_backward(self, micro_batch: int) -> None:
+        if not self.measuring:
+            return
+        before = self._accumulated
+
+        def square_of(group: Dict[str, Any]) -> Optional[Tensor]:
+            grads = {p: p.grad for p in group['params'] if p.grad is not None}
+            if not grads:
+                return None
+            parts = torch._foreach_sub(
+                list(grads.values()),
+                [before.get(p, torch.zeros_like(p)) for p in grads],
+            )
+            return self.squares(group, list(grads), list(parts)).sum()
+
+        self._local.append(self.sum_by_module(square_of))
+        self._accumulated = {p: g.clone() for p, g in self.grads().items()}
+
+    def local_squares(self) -> Tensor:
+        self._accumulated = {}
+        # the loss of each was divided by K, so its gradient was too
+        return torch.stack(self._local).sum(0) * self.samples
