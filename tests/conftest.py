@@ -5,11 +5,14 @@ import warnings
 from typing import List
 
 import pytest
+import torch
 from mmengine.logging import MMLogger
 
 import mmagvm  # noqa: F401  registers everything
 
 warnings.filterwarnings('ignore')
+# threads cost more than toys gain from them, above all on a busy machine
+torch.set_num_threads(1)
 
 
 @pytest.fixture

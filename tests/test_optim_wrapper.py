@@ -291,9 +291,10 @@ def test_nan_leaves_lr_scale_as_it_was(log):
     assert 'update 2 has gradients that are NaN or infinite' in log[-1]
 
 
-def test_module_without_gradient_keeps_its_multiplier():
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+def test_module_without_gradient_keeps_its_multiplier(estimator):
     model = make_model()
-    wrapper = build(model, interval=1)
+    wrapper = build(model, interval=1, estimator=estimator)
     train(model, wrapper, 2, accumulation=2)
     before = wrapper.modulator.lr_scale['neck']
     for param in model.neck.parameters():
@@ -303,3 +304,6 @@ def test_module_without_gradient_keeps_its_multiplier():
     assert wrapper.modulator.measured == 4
     assert wrapper.modulator.lr_scale['neck'] == before
     assert wrapper.modulator.lr_scale['rpn_head'] != others['rpn_head']
+    model.neck.requires_grad_(True)  # and thawed again
+    train(model, wrapper, 6, accumulation=2, start=4)
+    assert wrapper.modulator.lr_scale['neck'] != before

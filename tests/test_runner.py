@@ -170,6 +170,31 @@ def test_resumed_run_equals_uninterrupted(tmp_path, optimizer):
     assert ours['agvm']['measured'] == 7
 
 
+def test_noise_scale_is_logged_in_images(tmp_path):
+    cfg = toy_cfg(tmp_path / 'run', max_epochs=1, estimator='pairs')
+    runner = run(cfg)
+    scalars = Path(runner.log_dir) / 'vis_data' / 'scalars.json'
+    lines = [json.loads(text) for text in scalars.read_text().splitlines()]
+    assert lines[0]['agvm/neck/noise_scale'] == 1.0
+    samples = runner.optim_wrapper.modulator.noise_scale
+    for module in MODULES:
+        # a sample is a micro-batch of 4 images
+        assert lines[-1][f'agvm/{module}/noise_scale'] == pytest.approx(
+            4 * samples[module]
+        )
+
+
+def test_averaged_weights_change_nothing(tmp_path):
+    """EMAHook copies the model, and swaps weights for each checkpoint."""
+    alone = run(toy_cfg(tmp_path / 'alone'))
+    cfg = toy_cfg(tmp_path / 'averaged')
+    cfg.custom_hooks.append(dict(type='EMAHook'))
+    averaged = run(cfg)
+    ours, theirs = (r.optim_wrapper.modulator for r in (alone, averaged))
+    assert ours.history == theirs.history
+    assert ours.lr_scale == theirs.lr_scale
+
+
 def test_checkpoint_carries_no_series_of_agvm(tmp_path):
     run(toy_cfg(tmp_path / 'run', max_epochs=1))
     checkpoint = torch.load(tmp_path / 'run' / 'epoch_1.pth')
