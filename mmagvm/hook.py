@@ -116,6 +116,7 @@ def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
         if rule is None
         else f"the paper's rule gives {rule(batch_size):.4g} ({rule})"
     )
+    effect = '' if wrapper.modulate else ', modulates nothing'
     until = '' if wrapper.end is None else f' to {wrapper.end}'
     lines = [
         f'AGVM: batch size {batch_size} = {batch["ranks"]} ranks x '
@@ -124,7 +125,7 @@ def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
         f'AGVM: {optimizer} with learning rate {float(lr):.4g}; {advice}',
         f'AGVM: measures every {wrapper.interval} updates from update '
         f'{wrapper.begin}{until}; all modules follow '
-        f'{wrapper.modulator.anchor}',
+        f'{wrapper.modulator.anchor}{effect}',
     ]
     for module in wrapper.modulator.modules:
         groups = [

@@ -1,7 +1,7 @@
 """When AGVM measures, the scaled step, and the state that travels."""
 
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -61,6 +61,8 @@ class AGVMOptimWrapper(OptimWrapper):
         comm_hook: Type in which ranks exchange gradients, 'fp16' or 'bf16',
             by torch's communication hooks of that name. Defaults to None,
             the gradients' own.
+        modulate: False measures and logs everything, lr_scale too, and steps
+            with the plain learning rate. Defaults to True.
         kwargs: Of the next class in line.
 
     Raises:
@@ -88,6 +90,7 @@ class AGVMOptimWrapper(OptimWrapper):
         eps: float = 1e-6,
         ratio_range: Tuple[float, float] = (0.1, 10.0),
         comm_hook: Optional[str] = None,
+        modulate: bool = True,
         **kwargs: Any,
     ) -> None:
         _check_settings(
@@ -109,6 +112,7 @@ class AGVMOptimWrapper(OptimWrapper):
         self.interval = interval
         self.begin = begin
         self.end = end
+        self.modulate = modulate
         self._group_modules = _group_modules(optimizer)
         modules = list(dict.fromkeys(self._group_modules))
         if anchor not in modules:
@@ -228,7 +232,7 @@ class AGVMOptimWrapper(OptimWrapper):
             measurement = grad_variance.measure(self._grad_scale())
             self.modulator.update(self._update, measurement)
             self._tell_raw()
-        with self._scaled_lr():
+        with self._scaled_lr() if self.modulate else nullcontext():
             super().step(**kwargs)
         self._update += self._has_stepped()
 

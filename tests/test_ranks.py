@@ -80,9 +80,9 @@ FLAVOURS = [
 
 
 def train_flavour(rank, estimator, flavour):
-    """Weights of float32 training, plain or with mu held at 1."""
+    """Weights of float32 training, plain or measured but not modulated."""
     model = make_model().float()
-    settings = dict(interval=2, ratio_range=(1, 1), estimator=estimator)
+    settings = dict(interval=2, modulate=False, estimator=estimator)
     cfg = wrapper_cfg(**(settings if estimator else {}))
     if 'type' in flavour.get('optimizer', {}):
         cfg['optimizer'] = dict(flavour['optimizer'])
@@ -99,6 +99,7 @@ def train_flavour(rank, estimator, flavour):
         wrapper.update_params(loss)
     if estimator:
         assert wrapper.modulator.measured == 3
+        assert wrapper.modulator.lr_scale['neck'] != 1
     return model.state_dict()
 
 
