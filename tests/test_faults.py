@@ -62,10 +62,11 @@ def run(*args, code=0, **env):
     return finish(start(*args, **env), code)
 
 
-def write_config(work_dir, **settings):
-    """A config file of the toy for two ranks; without AGVM's accumulation."""
-    settings = dict(accumulative_counts=1, **settings)
-    cfg = toy_cfg(work_dir, **settings)
+def write_config(work_dir, hook=None, **settings):
+    """A config file of the toy, for two ranks and so without accumulation."""
+    cfg = toy_cfg(work_dir, accumulative_counts=1, **settings)
+    if hook is not None:
+        cfg.custom_hooks.append(dict(type=hook))
     cfg.custom_imports = dict(imports=['mmagvm', 'toy_runner'])
     cfg.pop('experiment_name')
     path = Path(f'{work_dir}.py')
@@ -132,21 +133,21 @@ def test_killed_rank_is_restarted_and_resumes(whole, tmp_path, stale):
         work_dir.mkdir()
         shutil.copy(whole / 'epoch_1.pth', work_dir / 'epoch_9.pth')
         (work_dir / 'last_checkpoint').write_text(f'{work_dir}/epoch_9.pth')
-    config = write_config(work_dir)
-    hook = "\ncustom_hooks.append(dict(type='KillRank'))\n"
-    config.write_text(config.read_text() + hook)
+    config = write_config(work_dir, hook='KillRank')
     output = train(config, MAX_RESTARTS='1')
     assert 'Signal 9 (SIGKILL)' in output or 'exitcode: -9' in output
     assert f'resume: from {work_dir}/epoch_1.pth (restart 1)' in output
-    assert output.count('Epoch(train) [1][8/8]') == 1
+    assert output.count('Saving checkpoint at 1 epochs') == 1
     assert_same_training(work_dir, whole)
 
 
 def test_restart_with_nothing_saved_starts_from_the_beginning(whole, tmp_path):
-    config = write_config(tmp_path / 'run')
-    text = config.read_text() + "\ncustom_hooks.append(dict(type='KillRank'))"
-    config.write_text(f'{text}\ndefault_hooks.checkpoint.interval = 2\n')
-    output = train(config, MAX_RESTARTS='1')
+    config = write_config(tmp_path / 'run', hook='KillRank')
+    output = train(
+        config,
+        *('--cfg-options', 'default_hooks.checkpoint.interval=2'),
+        MAX_RESTARTS='1',
+    )
     assert 'nothing was saved since launch' in output
     assert 'from the beginning (restart 1)' in output
     assert_same_training(tmp_path / 'run', whole)
@@ -235,7 +236,7 @@ def test_named_damaged_checkpoint_is_refused(work_dir):
     )
     assert output.count(f'--resume {work_dir}/epoch_2.pth: is damaged') == 1
     assert f'before it is {work_dir}/epoch_1.pth' in output
-    assert 'Traceback' not in output and 'Epoch(train)' not in output
+    assert 'Traceback' not in output and 'Saving' not in output
 
 
 # -- another world size and accumulation
@@ -309,13 +310,10 @@ def test_lonely_node_tells_what_to_check(lonely_nodes, case, named):
 
 def test_rank_that_never_joins_is_named(tmp_path):
     config = tmp_path / 'config.py'
-    config.write_text("""
-import os
-import time
-
-if os.environ['RANK'] == '1':
-    time.sleep(1000)
-""")
+    config.write_text(
+        "if __import__('os').environ['RANK'] == '1':\n"
+        "    __import__('time').sleep(1000)\n"
+    )
     output = train(config, TIMEOUT='5', code=1)
     assert '1 of 2 ranks did not come within TIMEOUT=5 seconds: rank 1' in (
         output
@@ -350,7 +348,7 @@ launch_utils.join_ranks(Config(dict(launcher='pytorch')))
 
 
 def test_bad_timeout_is_refused():
-    for timeout in ('soon', '-1', '0', '1.5'):
+    for timeout in ('soon', '0'):
         output = run(
             *('bash', 'tools/dist_train.sh', 'config.py', '1'),
             code=1,
