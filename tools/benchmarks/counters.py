@@ -51,17 +51,22 @@ class CollectiveBytes:
     C++ unless a communication hook takes its place; :class:`Profile` does.
 
     Attributes:
-        calls (list): Name of the collective and bytes of its input.
+        calls (list): Name of the collective, elements and bytes of its input.
     """
 
     def __init__(self) -> None:
-        self.calls: List[Tuple[str, int]] = []
+        self.calls: List[Tuple[str, int, int]] = []
         self._originals: Dict[str, Callable[..., Any]] = {}
 
     @property
     def bytes(self) -> int:
         """All bytes so far."""
-        return sum(size for _, size in self.calls)
+        return sum(size for _, _, size in self.calls)
+
+    @property
+    def elements(self) -> int:
+        """All elements so far."""
+        return sum(elements for _, elements, _ in self.calls)
 
     def __enter__(self) -> 'CollectiveBytes':
         for name, (position, keyword) in COLLECTIVES.items():
@@ -80,8 +85,13 @@ class CollectiveBytes:
 
         def counting(*args: Any, **kwargs: Any) -> Any:
             given = kwargs[keyword] if keyword in kwargs else args[position]
+            tensors = tree_leaves(given)
             self.calls.append(
-                (name, sum(t.nbytes for t in tree_leaves(given)))
+                (
+                    name,
+                    sum(t.numel() for t in tensors),
+                    sum(t.nbytes for t in tensors),
+                )
             )
             return original(*args, **kwargs)
 
