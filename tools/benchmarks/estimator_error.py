@@ -15,6 +15,7 @@ from typing import Any, Dict, List, Sequence
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter
 from report import fill, machine, table, versions
 from torch import Tensor
 
@@ -238,14 +239,19 @@ def draw(results: Dict[str, Any]) -> plt.Figure:
             )
         top.set_title(module, fontsize='medium')
         bottom.set_yscale('log')
+        bottom.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bottom.yaxis.set_major_formatter('{x:g}')
+        bottom.yaxis.set_minor_formatter(NullFormatter())
         bottom.set_xscale('log', base=2)
         bottom.set_xticks(ranks, [str(w) for w in ranks])
         bottom.set_xlabel('ranks')
         bottom.grid(alpha=0.3)
         top.grid(alpha=0.3)
-    axes[0, 0].set_ylabel(r'estimate of $\phi$')
+    axes[0, 0].set_ylabel(r'gradient variance $\phi$')
     axes[0, 0].set_ylim(bottom=0)
-    axes[1, 0].set_ylabel(r'error of one estimate (root mean square)')
+    axes[1, 0].set_ylabel(
+        'error of one measurement (root\nmean square; lower is better)'
+    )
     settings = results['settings']
     figure.suptitle(
         'One measurement of the gradient variance, by each estimator\n'

@@ -90,7 +90,7 @@ def versions() -> Dict[str, str]:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns also line up in a terminal."""
     lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines)]
     lines.insert(1, ['-' * width for width in widths])
     return '\n'.join(
         '| '
