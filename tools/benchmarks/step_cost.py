@@ -361,7 +361,7 @@ def parse_args() -> argparse.Namespace:
         help='numbers of ranks on the CPU (default: 2 4); with GPUs there is '
         'one for each GPU',
     )
-    parser.add_argument('--repetitions', type=int, default=12)
+    parser.add_argument('--repetitions', type=int, default=10)
     parser.add_argument('--image-size', type=int, default=64)
     parser.add_argument(
         '--proposals',
@@ -442,6 +442,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         results['ranks'][str(world_size)] = summarise(
             launch(world_size, dict(settings, variants=possible))
         )
+        save(results, args.out)  # what is done, should the rest be stopped
     if args.step_repetitions:
         from group_cost import measure_groups
 
@@ -450,6 +451,12 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         )
     results['minutes'] = (time.time() - started) / 60
     return results
+
+
+def save(results: Dict[str, Any], path: Path) -> None:
+    """Write the results so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1))
 
 
 def main() -> None:
@@ -462,8 +469,7 @@ def main() -> None:
     text = tables(results)
     print(text)
     if args.from_json is None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1))
+        save(results, args.out)
         print(f'\n{results["minutes"]:.1f} min; all figures in {args.out}')
     if args.markdown is not None:
         fill(args.markdown, 'step_cost', text)
