@@ -16,6 +16,7 @@ sys.path.insert(0, BENCHMARKS)  # ranks inherit it
 
 import estimator_error  # noqa: E402
 import report  # noqa: E402
+import step_cost  # noqa: E402
 from counters import CollectiveBytes, HostReads, Profile  # noqa: E402
 from published_pattern import PublishedPattern, modules_of  # noqa: E402
 
@@ -291,3 +292,76 @@ def test_tables_go_between_their_comments(tmp_path):
     assert page.read_text().endswith(
         'B\n<!-- y: begin -->\nnew\n<!-- y: end -->\n'
     )
+
+
+@pytest.mark.parametrize(
+    ('low', 'high', 'at_most', 'at_least', 'is_one'),
+    [
+        (0.99, 1.01, 'yes', 'NO', 'yes'),
+        (0.99, 1.2, 'undecided', 'undecided', 'undecided'),
+        (1.2, 1.3, 'NO', 'yes', 'NO'),
+    ],
+)
+def test_noise_proves_nothing(low, high, at_most, at_least, is_one):
+    stats = dict(median=(low + high) / 2, low95=low, high95=high)
+    assert step_cost.compare_with(stats, 1.1, most=True) == at_most
+    assert step_cost.compare_with(stats, 1.1, most=False) == at_least
+    assert step_cost.compare_with_one(stats) == is_one
+
+
+def made_up_rank(slower):
+    """What a rank would return, whose seconds are known."""
+    seconds = dict(plain=[1.0, 2.0], pairs=[1.5, 3.0])
+    counts = dict(
+        wrapped_bytes=40,
+        wrapped_elements=10,
+        wrapped_calls=1,
+        profiled_elements=12,
+        reads=['cpu'],
+        device_to_host=0,
+        peak_bytes=7,
+    )
+    return dict(
+        times={
+            name: dict(
+                measured=[(2 * slower * s, s) for s in values],
+                unmeasured=[(slower * s, s) for s in values],
+            )
+            for name, values in seconds.items()
+        },
+        counts={
+            name: dict(measured=dict(counts), unmeasured=dict(counts))
+            for name in seconds
+        },
+        parameters=20,
+        trainable=10,
+        modules=['backbone'],
+    )
+
+
+def test_summary_is_of_the_slowest_rank():
+    part = step_cost.summarise([made_up_rank(1), made_up_rank(3)])
+    pairs = part['variants']['pairs']
+    assert pairs['unmeasured']['seconds']['median'] == 3 * 2.25
+    assert pairs['unmeasured']['ratio']['median'] == 1.5
+    assert pairs['amortised_ratio']['10']['median'] == pytest.approx(1.5)
+    # two elements that no wrapper saw, of 4 bytes
+    assert pairs['measured']['bytes'] == 40 + 2 * 4
+    results = dict(
+        machine=dict(gpus=[], cpu='a CPU', cores=2),
+        versions=dict(python='3.11'),
+        settings=dict(
+            repetitions=2, image_size=64, proposals=64, accumulation=1
+        ),
+        load_before=0.5,
+        ranks={'2': part},
+        optimizer_step=[],
+    )
+    results['claims'] = step_cost.judge(results)
+    claims = {c['claim']: c['holds'] for c in results['claims']}
+    assert claims['pairs, 2 ranks: amortised time at tau = 10'] == 'NO'
+    assert claims['pairs, 2 ranks: bytes that a measured update adds'] == 'yes'
+    row = (
+        '| pairs, measured   | 13500 (11250 to 15750) | 1.500 (1.500 to 1.500)'
+    )
+    assert row in step_cost.tables(results)
