@@ -11,8 +11,8 @@ from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 
 from .grad_variance import (
+    COMM_HOOKS,
     ESTIMATORS,
-    REDUCTIONS,
     GradVariance,
     build_grad_variance,
     has_second_moment,
@@ -59,8 +59,8 @@ class AGVMOptimWrapper(OptimWrapper):
         eps: Added to both variances of the ratio. Defaults to 1e-6.
         ratio_range: Bounds of the ratio, around 1. Defaults to (0.1, 10).
         comm_hook: Type in which ranks exchange gradients, 'fp16' or 'bf16',
-            by torch's communication hooks of that name. Defaults to None,
-            the gradients' own.
+            by torch's communication hooks of that name. Defaults to None:
+            whatever the model does by itself.
         modulate: False measures and logs everything, lr_scale too, and steps
             with the plain learning rate. Defaults to True.
         kwargs: Of the next class in line.
@@ -184,6 +184,8 @@ class AGVMOptimWrapper(OptimWrapper):
         grad_variance = self._attach(model)
         if self._starts_update() and self._is_due():
             grad_variance.start()
+        if grad_variance.measuring and self.should_sync():
+            grad_variance.before_last_backward()
         with super().optim_context(model):
             yield
 
@@ -369,7 +371,7 @@ def _check_settings(
             "an estimator: write 'split' or 'pairs'",
         ),
         (
-            comm_hook in REDUCTIONS,
+            comm_hook in COMM_HOOKS,
             f'comm_hook={comm_hook!r}',
             "a way to send gradients: write 'fp16', 'bf16' or None",
         ),

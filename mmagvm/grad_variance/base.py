@@ -47,6 +47,9 @@ class GradVariance(ABC):
         """Collect during this update."""
         self.measuring = True
 
+    def before_last_backward(self) -> None:
+        """Called before the forward of this update's last micro-batch."""
+
     def after_backward(self, micro_batch: int) -> None:
         """Called after the backward of each accumulated micro-batch.
 

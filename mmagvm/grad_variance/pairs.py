@@ -85,29 +85,24 @@ class PairsRanks(Pairs, RankVariance):
         self.samples = self.world_size
         self._squares: Dict[Tensor, Tensor] = {}
 
-    def start(self) -> None:
-        super().start()
+    def before_last_backward(self) -> None:
         self._squares = {}
+        super().before_last_backward()
 
-    def observe(
-        self,
-        bucket: dist.GradBucket,  # type: ignore[name-defined]
-    ) -> None:
-        grad_of = dict(zip(bucket.parameters(), bucket.gradients()))
-        for group in self.optimizer.param_groups:
-            params = [p for p in group['params'] if p in grad_of]
-            if params:
-                grads = [grad_of[p] for p in params]
-                self._squares.update(
-                    zip(params, self.squares(group, params, grads))
-                )
+    def see(self, param: Tensor, grad: Tensor, group: Dict[str, Any]) -> None:
+        self._squares[param] = self.squares(group, [param], [grad])[0]
 
     def local_squares(self) -> Tensor:
+        self._remove_hooks()
         squares, self._squares = self._squares, {}
 
         def square_of(group: Dict[str, Any]) -> Optional[Tensor]:
             parts = [squares[p] for p in group['params'] if p in squares]
-            return torch.stack(parts).sum() if parts else None
+            if parts:
+                return torch.stack(parts).sum()
+            # not used by this rank, but maybe by others
+            first: Tensor = group['params'][0]
+            return torch.zeros((), dtype=torch.float64, device=first.device)
 
         local = self.sum_by_module(square_of) / self.world_size
         dist.all_reduce(local, group=self.group)
