@@ -1,6 +1,7 @@
 """When AGVM measures, the scaled step, and the state that travels."""
 
 import logging
+import math
 from contextlib import contextmanager, nullcontext
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -10,6 +11,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 
+from .functional import clip_divisor
 from .grad_variance import (
     COMM_HOOKS,
     ESTIMATORS,
@@ -102,6 +104,7 @@ class AGVMOptimWrapper(OptimWrapper):
             eps,
             ratio_range,
             comm_hook,
+            modulate,
         )
         super().__init__(
             optimizer=optimizer,
@@ -243,6 +246,26 @@ class AGVMOptimWrapper(OptimWrapper):
         return True
 
     def _grad_scale(self) -> Optional[Tensor]:
+        """What gradients must be divided by to be what the optimizer sees.
+
+        Adam's second moment knows gradients without loss scale, and clipped.
+        """
+        scale = self._loss_scale()
+        clip = self.clip_grad_kwargs or {}
+        adaptive = any(
+            has_second_moment(group, self.optimizer.state)
+            for group in self.optimizer.param_groups
+        )
+        if self._grad_variance is None or not (
+            self.estimator == 'split' and adaptive and 'max_norm' in clip
+        ):
+            return scale
+        grads = list(self._grad_variance.grads().values())
+        return clip_divisor(
+            grads, clip['max_norm'], clip.get('norm_type', 2.0), scale
+        )
+
+    def _loss_scale(self) -> Optional[Tensor]:
         """By what a loss scaler has multiplied the gradients."""
         return None
 
@@ -344,49 +367,76 @@ def _check_settings(
     eps: float,
     ratio_range: Tuple[float, float],
     comm_hook: Optional[str],
+    modulate: bool,
 ) -> None:
     """Refuse what cannot be meant."""
+    in_range = (
+        isinstance(ratio_range, (list, tuple))
+        and len(ratio_range) == 2
+        and all(map(_is_number, ratio_range))
+        and 0 < ratio_range[0] <= 1 <= ratio_range[1]
+    )
     checks = [
         (
-            interval >= 1,
-            f'interval={interval}',
+            _is_count(interval) and interval >= 1,
+            f'interval={interval!r}',
             'a number of updates: write 1 or more, such as 10',
         ),
         (
-            0 <= ema_decay < 1,
-            f'ema_decay={ema_decay}',
+            _is_number(ema_decay) and 0 <= ema_decay < 1,
+            f'ema_decay={ema_decay!r}',
             'the weight of the old lr_scale: write a number from 0 to below '
             '1, such as 0.97',
         ),
-        (begin >= 0, f'begin={begin}', 'an update: write 0 or more'),
         (
-            end is None or end > begin,
-            f'end={end}',
+            _is_count(begin) and begin >= 0,
+            f'begin={begin!r}',
+            'an update: write 0 or more',
+        ),
+        (
+            end is None or _is_count(end) and end > begin,
+            f'end={end!r}',
             f'an update after begin={begin}: write a larger one, or None to '
             'measure until training ends',
         ),
         (
-            estimator in ESTIMATORS,
+            estimator in list(ESTIMATORS),
             f'estimator={estimator!r}',
             "an estimator: write 'split' or 'pairs'",
         ),
         (
-            comm_hook in COMM_HOOKS,
+            comm_hook in list(COMM_HOOKS),
             f'comm_hook={comm_hook!r}',
             "a way to send gradients: write 'fp16', 'bf16' or None",
         ),
         (
-            eps >= 0,
-            f'eps={eps}',
+            _is_number(eps) and eps >= 0,
+            f'eps={eps!r}',
             'a small number: write 0 or more, such as 1e-6',
         ),
         (
-            len(ratio_range) == 2
-            and 0 < ratio_range[0] <= 1 <= ratio_range[-1],
-            f'ratio_range={tuple(ratio_range)}',
+            in_range,
+            f'ratio_range={ratio_range!r}',
             'a range (low, high) around 1: write one such as (0.1, 10.0)',
+        ),
+        (
+            isinstance(modulate, bool),
+            f'modulate={modulate!r}',
+            'a switch: write True or False',
         ),
     ]
     for holds, setting, expected in checks:
         if not holds:
             raise ValueError(f'{setting} in optim_wrapper is not {expected}')
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    )

@@ -64,8 +64,9 @@ class GradVariance(ABC):
         Takes one device-to-host transfer.
 
         Args:
-            grad_scale: By what all gradients are still multiplied, for a loss
-                scaler's sake; None if by nothing.
+            grad_scale: What all gradients must be divided by to be what the
+                optimizer will see: the loss scale, and how much clipping will
+                shorten them. None for 1.
         """
 
     def grads(self) -> Dict[Tensor, Tensor]:

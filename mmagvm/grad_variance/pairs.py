@@ -40,11 +40,14 @@ class Pairs(GradVariance):
         """(h,) r2 of every module."""
 
     def measure(self, grad_scale: Optional[Tensor] = None) -> Measurement:
-        # a scale cancels: the divisor does not know this update's gradient
+        # a scale cancels in phi: the divisor knows no gradient of this update
         self.measuring = False
         squares = torch.stack(
             [self.local_squares(), self.sum_by_module(self._mean_square)], 1
-        ).cpu()
+        )
+        if grad_scale is not None:
+            squares = squares / grad_scale.double().square()
+        squares = squares.cpu()
         local, mean = squares.unbind(1)
         signal, noise = pairs_noise(local, mean, self.samples)
         return Measurement(
@@ -69,10 +72,14 @@ class Pairs(GradVariance):
         """Squared norms of gradients of one group's parameters, (n,)."""
         state = self.optimizer.state
         if has_second_moment(group, state):
-            divisor = torch._foreach_sqrt(
-                [exp_avg_sq(state, param) for param in params]
-            )
+            moments = [exp_avg_sq(state, param) for param in params]
+            divisor = list(torch._foreach_sqrt(moments))
             torch._foreach_add_(divisor, float(group['eps']))
+            # an element that had no gradient yet has no scale to be seen on
+            divisor = [
+                d.masked_fill(v == 0, torch.inf)
+                for d, v in zip(divisor, moments)
+            ]
             grads = list(torch._foreach_div(grads, divisor))
         return squared_norms(grads)
 

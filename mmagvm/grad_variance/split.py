@@ -39,8 +39,9 @@ class Split(GradVariance):
             signs = [signed[p] for p in params]
             if has_second_moment(group, state):
                 if grad_scale is not None:  # v knows unscaled gradients
-                    totals = list(torch._foreach_div(totals, grad_scale))
-                    signs = list(torch._foreach_div(signs, grad_scale))
+                    inverse = grad_scale.reciprocal()
+                    totals = list(torch._foreach_mul(totals, inverse))
+                    signs = list(torch._foreach_mul(signs, inverse))
                 divisor = adam_divisor(
                     totals,
                     [exp_avg_sq(state, p) for p in params],
