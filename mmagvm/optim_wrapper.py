@@ -57,7 +57,7 @@ class AGVMOptimWrapper(OptimWrapper):
         anchor: The module that the others follow. Defaults to 'backbone'.
         estimator: How phi is estimated: 'split', the paper's, one half of
             the ranks (or micro-batches) against the other; 'pairs', each
-            against each, from norms alone. Defaults to 'split'.
+            against each, from norms alone. Defaults to 'pairs'.
         eps: Added to both variances of the ratio. Defaults to 1e-6.
         ratio_range: Bounds of the ratio, around 1. Defaults to (0.1, 10).
         comm_hook: Type in which ranks exchange gradients, 'fp16' or 'bf16',
@@ -88,7 +88,7 @@ class AGVMOptimWrapper(OptimWrapper):
         begin: int = 0,
         end: Optional[int] = None,
         anchor: str = 'backbone',
-        estimator: str = 'split',
+        estimator: str = 'pairs',
         eps: float = 1e-6,
         ratio_range: Tuple[float, float] = (0.1, 10.0),
         comm_hook: Optional[str] = None,

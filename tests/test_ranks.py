@@ -97,6 +97,7 @@ def train_flavour(rank, estimator, flavour):
     else:
         cfg['optimizer'].update(flavour.get('optimizer', {}))
     if not estimator:
+        del cfg['estimator']
         cfg['type'] = 'OptimWrapper'
         cfg['constructor'] = 'DefaultOptimWrapperConstructor'
     wrapper = build_optim_wrapper(model, cfg)
