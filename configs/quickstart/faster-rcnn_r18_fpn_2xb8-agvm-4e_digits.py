@@ -81,7 +81,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/val.json')
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=4, val_interval=2)
+train_cfg = dict(max_epochs=4, val_interval=4)
 optim_wrapper = dict(
     **_base_.agvm,
     optimizer=dict(lr=0.04),
