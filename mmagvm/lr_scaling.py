@@ -186,8 +186,8 @@ _MEGDET = Recipe(
 RECIPES: Dict[str, Recipe] = {
     'faster_rcnn': _FASTER_RCNN,
     'faster_rcnn/adamw': _ADAMW,
-    # not in the paper: square root, from the 5e-3 at 512 that LAMB's paper
-    # has for ResNet-50 on ImageNet
+    # not in the paper, a guess: the square root of the batch, and at 32 a
+    # step of about a thousandth of the weights
     'faster_rcnn/lamb': replace(
         _ADAMW, rule=LRRule(1.25e-3, 32, 32, math.sqrt(2)), printed={}
     ),

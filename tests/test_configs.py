@@ -4,12 +4,14 @@ import json
 import math
 import re
 from copy import deepcopy
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.fileio import load
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import (
     HOOKS,
@@ -113,14 +115,12 @@ class Case:
         )
 
 
-CASES = {}
+make_case = lru_cache(None)(Case)
 
 
 @pytest.fixture(params=FILES, ids=lambda file: file[:-3])
 def case(request):
-    if request.param not in CASES:
-        CASES[request.param] = Case(request.param)
-    case = CASES[request.param]
+    case = make_case(request.param)
     init_default_scope(case.cfg.default_scope)
     return case
 
@@ -471,14 +471,14 @@ def test_evaluation_is_set(case):
 
 @pytest.mark.parametrize('batch_size', [32, 512])
 def test_ablations_change_what_they_say(batch_size):
-    def load(tag):
+    def ablation(tag):
         return Config.fromfile(
             CONFIGS / f'ablations/faster-rcnn_{tag}-16e_coco.py'
         )
 
     gpus = batch_size // 16
     proposals = [
-        load(f'r50{tag}').model.train_cfg.rcnn.sampler.num
+        ablation(f'r50{tag}').model.train_cfg.rcnn.sampler.num
         for tag in (
             f'_fpn_{gpus}xb16-measure',
             f'_{gpus}xb16-measure',
@@ -504,3 +504,193 @@ def test_align_models_differ_from_mmdets():
         assert extractor.roi_layers[0].sampling_ratio == 2
         assert cfg.model.train_cfg.rpn_proposal.max_per_img == 2000
         assert cfg.model.test_cfg.rcnn.score_thr == 0
+
+
+# -- what is written about them
+
+#: The recipe behind each section of a README, and what it reports as
+#: baseline and with AGVM, by batch size; tables of the project page, the
+#: reading note and the official code.
+SECTIONS = {
+    ('faster_rcnn', 'SGD'): (
+        'faster_rcnn',
+        {
+            32: '36.8 36.8',
+            256: '36.1 36.7',
+            512: '35.3 36.7',
+            1024: '34.2 35.4',
+        },
+    ),
+    ('faster_rcnn', 'AdamW'): (
+        'faster_rcnn/adamw',
+        {
+            32: '- 37.1',
+            256: '- 37.2',
+            512: '- 36.8',
+            1024: '- 37.0',
+            1536: '35.9 36.6',
+        },
+    ),
+    ('faster_rcnn', 'LAMB'): (
+        'faster_rcnn/lamb',
+        {**dict.fromkeys((32, 256, 512, 1024), '- -'), 1536: '33.2 -'},
+    ),
+    ('faster_rcnn', 'Swin-T'): (
+        'faster_rcnn/swin',
+        dict.fromkeys((32, 256, 512, 1024), '- -'),
+    ),
+    ('faster_rcnn', 'Official code'): (
+        'faster_rcnn/align',
+        {32: '37.1 -', 256: '36.7 37.1', 512: '36.2 36.8'},
+    ),
+    ('mask_rcnn', 'SGD'): (
+        'mask_rcnn',
+        {
+            32: '33.9 33.9',
+            256: '33.7 34.1',
+            512: '33.1 33.9',
+            1024: 'NaN 32.6',
+        },
+    ),
+    ('mask_rcnn', 'LARS'): (
+        'mask_rcnn/lars',
+        {32: '34.0 -', 256: '32.0 -', 512: '30.4 -', 1024: '25.1 -'},
+    ),
+    ('mask_rcnn', 'Official code'): (
+        'mask_rcnn/align',
+        {32: '34.8 -', 256: '34.4 35.0', 512: '33.9 34.6'},
+    ),
+    ('retinanet', 'R50'): (
+        'retinanet',
+        dict.fromkeys((32, 256, 512, 1024), '- -'),
+    ),
+    ('retinanet', 'R18'): (
+        'retinanet',
+        {32: '31.4 32.8', 4096: '23.5 28.7', 10240: 'NaN 26.7'},
+    ),
+    ('panoptic_fpn', 'SGD'): (
+        'panoptic_fpn',
+        {
+            32: '38.9 38.9',
+            256: '39.2 39.3',
+            512: '38.7 39.5',
+            1024: 'NaN 38.8',
+        },
+    ),
+    ('sem_fpn', 'SGD'): (
+        'sem_fpn',
+        {
+            32: '37.5 37.5',
+            512: '36.7 37.3',
+            1024: '36.4 37.3',
+            2048: '36.2 37.0',
+        },
+    ),
+    # MegDet's table 3, in its order: BN size, GPUs, AP
+    ('megdet', 'Normal'): (
+        'megdet',
+        '0 8 36.2, 2 8 31.0, 16 8 37.0, 32 8 37.3, 64 8 35.3, 32 16 37.1, '
+        '16 32 37.1, 32 32 37.1, 16 64 37.0, 32 64 37.1, 16 128 37.1',
+    ),
+    ('megdet', 'Long'): (
+        'megdet/long',
+        '16 8 37.7, 32 8 37.8, 32 16 37.6, 32 32 37.6, 32 64 37.7, '
+        '16 128 37.7',
+    ),
+}
+
+
+def readme_tables(folder):
+    """Rows of every table of recipes in a README, by its heading."""
+    tables = {}
+    heading = None
+    for line in (CONFIGS / folder / 'README.md').read_text().splitlines():
+        if line.startswith('#'):
+            heading = line.lstrip('# ')
+        elif re.match(r'\| \d', line):
+            cells = [cell.strip() for cell in line.strip('|').split('|')]
+            tables.setdefault(heading, []).append(cells)
+    return tables
+
+
+def assert_row_follows(recipe, batch_size, lr, length, warmup):
+    assert float(lr) == recipe.lr(batch_size)
+    iterations = recipe.iterations(batch_size)
+    assert length == str(recipe.epochs or f'{iterations} iterations')
+    end = recipe.warmup_end(batch_size)
+    if recipe.warmup_by_epoch:
+        epochs = at(recipe.warmup, batch_size)
+        unit = 'epoch' if epochs == 1 else 'epochs'
+        assert warmup == f'{epochs} {unit} ({end} iterations)'
+    else:
+        assert warmup == f'{end} iterations'
+
+
+@pytest.mark.parametrize('folder', [f for f in FOLDERS if f != 'ablations'])
+def test_readme_agrees_with_the_recipes(folder):
+    tables = readme_tables(folder)
+    assert set(tables) == {h for f, h in SECTIONS if f == folder}
+    for heading, rows in tables.items():
+        recipe_name, reported = SECTIONS[folder, heading]
+        for batch_size, *schedule in (row[:4] for row in rows):
+            assert_row_follows(
+                RECIPES[recipe_name], int(batch_size), *schedule
+            )
+        assert {row[-1] for row in rows} == {'not run'}
+        if isinstance(reported, str):
+            assert ', '.join(' '.join(row[4:7]) for row in rows) == reported
+        else:
+            assert {
+                int(row[0]): ' '.join(row[4:6]) for row in rows
+            } == reported
+
+
+def test_readme_of_ablations_agrees_with_the_recipes():
+    text = (CONFIGS / 'ablations/README.md').read_text()
+    rows = re.findall(
+        r'^\| (\S* ?R-CNN|RetinaNet) \| (\d+) \| (.*) \| (.*) \| (.*) \| '
+        r'not run \|$',
+        text,
+        re.MULTILINE,
+    )
+    assert len(rows) == 4
+    for model, batch_size, *schedule in rows:
+        folder = model.lower().replace('r-cnn', 'rcnn').replace(' ', '_')
+        assert_row_follows(RECIPES[folder], int(batch_size), *schedule)
+    # every pattern names configs, and together they name all
+    patterns = re.findall(r'`(\S+\*\S+\.py)`', text)
+    found = {
+        file.name
+        for pattern in patterns
+        for file in (CONFIGS / 'ablations').glob(pattern)
+    }
+    assert {f'ablations/{name}' for name in found} == {
+        file for file in FILES if file.startswith('ablations/')
+    }
+
+
+def test_model_index_lists_every_config():
+    root = CONFIGS.parent
+    index = load(root / 'model-index.yml')['Import']
+    assert index == [f'configs/{folder}/metafile.yml' for folder in FOLDERS]
+    listed = []
+    for file in index:
+        content = load(root / file)
+        (collection,) = content['Collections']
+        assert (root / collection['README']).exists()
+        for model in content['Models']:
+            assert model['In Collection'] == collection['Name']
+            config = Path(model['Config'])
+            assert model['Name'] == config.stem
+            listed.append(config.relative_to('configs').as_posix())
+            case = make_case(listed[-1])
+            metadata = model['Metadata']
+            assert metadata['Batch Size'] == case.batch_size
+            assert metadata.get('Epochs') == case.recipe.epochs
+            if case.recipe.epochs is None:
+                assert metadata['Iterations'] == case.recipe.iterations(
+                    case.batch_size
+                )
+            # results are listed when a log backs them
+            assert 'Results' not in model
+    assert sorted(listed) == FILES
