@@ -19,6 +19,7 @@ from mmengine.registry import (
     OPTIMIZERS,
     PARAM_SCHEDULERS,
     TRANSFORMS,
+    VISUALIZERS,
     init_default_scope,
 )
 
@@ -422,6 +423,7 @@ def test_config_is_built(case):
         PARAM_SCHEDULERS.build(
             deepcopy(scheduler), default_args=dict(optimizer=wrapper)
         )
+    VISUALIZERS.build(dict(cfg.visualizer, name=case.file))  # a hook asks
     custom_hooks = cfg.get('custom_hooks') or []
     for hook in [*cfg.default_hooks.values(), *custom_hooks]:
         HOOKS.build(deepcopy(hook))
@@ -446,7 +448,7 @@ def check_norm_layers(case, model):
         assert int(size[1]) in (case.images, 8 * case.images)
         assert model.backbone.with_cp == (int(size[1]) >= 32)
     else:
-        assert type(layer) is torch.nn.SyncBatchNorm
+        assert isinstance(layer, torch.nn.SyncBatchNorm)
     assert not model.backbone.norm_eval
     assert layer.weight.requires_grad
 
