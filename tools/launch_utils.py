@@ -99,8 +99,8 @@ def init_process_group(cfg: Config, store: Optional[dist.Store]) -> None:
     of ``env_cfg.dist_cfg``, and the model is wrapped without device.
     """
     env_cfg = cfg.get('env_cfg', {})
-    dist_cfg = {'timeout': 1800, **env_cfg.get('dist_cfg', {})}
-    timeout = datetime.timedelta(seconds=dist_cfg['timeout'])
+    dist_cfg = env_cfg.get('dist_cfg', {})
+    timeout = datetime.timedelta(seconds=dist_cfg.get('timeout', 1800))
     group = {}
     if store is not None and get_device() in ('cpu', 'cuda'):
         # or ranks that were restarted would find in the store, which torchrun
