@@ -5,11 +5,14 @@ mmdet nor mmseg is imported.
 """
 
 from .amp_optim_wrapper import AGVMAmpOptimWrapper
+from .clip_grad_hook import ClipGradWindowHook
 from .compat import allow_checkpoints, check_versions
 from .hook import AGVMHook
-from .lr_scaling import RULES, LRRule, find_rule
+from .lr_scaling import RECIPES, RULES, LRRule, Recipe, find_rule
 from .optim_wrapper import AGVMOptimWrapper
 from .optim_wrapper_constructor import AGVMOptimWrapperConstructor
+from .panoptic import LoadPanopticSegments
+from .schedulers import ExponentialWarmupLR
 from .version import __version__
 
 check_versions()
@@ -20,8 +23,13 @@ __all__ = [
     'AGVMHook',
     'AGVMOptimWrapper',
     'AGVMOptimWrapperConstructor',
+    'ClipGradWindowHook',
+    'ExponentialWarmupLR',
     'LRRule',
+    'LoadPanopticSegments',
+    'RECIPES',
     'RULES',
+    'Recipe',
     '__version__',
     'find_rule',
 ]

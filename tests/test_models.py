@@ -1,7 +1,4 @@
-"""Real models of mmdet and mmseg: modules, groups, and real recipes."""
-
-import math
-from pathlib import Path
+"""Real models of mmdet and mmseg: modules and groups."""
 
 import pytest
 from mmengine.config import Config
@@ -9,7 +6,6 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from toy import wrapper_cfg
 
-CONFIGS = Path(__file__).parent.parent / 'configs'
 DETECTOR = ['backbone', 'neck', 'rpn_head', 'roi_head.bbox_head']
 SEGMENTER = ['backbone', 'decode_head', 'auxiliary_head']
 TRANSFORMER = ['backbone', 'neck', 'encoder', 'decoder', 'bbox_head']
@@ -127,27 +123,3 @@ def test_every_trainable_parameter_is_in_one_of_few_groups(
         assert len(groups) == len(wrapper.modulator.modules)
     else:
         assert len(groups) <= 12 * len(wrapper.modulator.modules)
-
-
-def test_recipe_of_batch_512_follows_from_the_rule():
-    from mmagvm import RULES
-
-    cfg = Config.fromfile(
-        CONFIGS / 'faster_rcnn/faster-rcnn_r50_fpn_32xb16-agvm-16e_coco.py'
-    )
-    init_default_scope('mmdet')
-    batch_size = 32 * cfg.train_dataloader.batch_size
-    epoch = math.ceil(117266 / batch_size)
-    lr = RULES['SGD', 'COCO'](batch_size)
-    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(lr, rel=1e-3)
-    warmup, decay = cfg.param_scheduler
-    assert warmup.end == 2 * epoch
-    assert cfg.optim_wrapper.begin == warmup.end + 100
-    assert decay.milestones == [12, 14]
-    assert cfg.train_cfg.max_epochs * epoch == 3680  # the paper's count
-    model = MODELS.build(cfg.model)
-    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    assert wrapper.modulator.modules == DETECTOR
-    assert (wrapper.interval, wrapper.modulator.ema_decay) == (10, 0.97)
-    assert 'Sync' in type(model.backbone.layer2[0].bn1).__name__
-    assert not model.backbone.norm_eval

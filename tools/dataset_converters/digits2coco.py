@@ -4,12 +4,16 @@ The digits are scikit-learn's scans of real handwriting (UCI Optical
 Recognition of Handwritten Digits). Training images use its first 1347 scans,
 validation images the last 450, so that no scan is in both. Each image shows
 some digits, of several sizes, on a textured background.
+
+Besides boxes it has masks, COCO's panoptic format (``panoptic_*``), where the
+background is the one class of stuff, and semantic maps as ADE20K has them
+(``semantic_*``): 1 is the background, 2 to 11 are the digits.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Tuple, Union
 
 import cv2
 import numpy as np
@@ -21,6 +25,10 @@ SCANS = dict(train=slice(0, 1347), val=slice(1347, 1797))
 HEIGHTS = (14, 48)
 IMAGE_SIZE = 96
 MAX_DIGITS = 5
+#: Ink from which on a pixel belongs to a digit's mask.
+MASK_INK = 0.3
+#: The background's category, after the digits'.
+GROUND = 10
 
 
 def draw_background(rng: np.random.Generator) -> np.ndarray:
@@ -60,14 +68,16 @@ def overlaps(box: Tuple[int, ...], boxes: List[Tuple[int, ...]]) -> bool:
 
 def draw_image(
     scans: np.ndarray, labels: np.ndarray, rng: np.random.Generator
-) -> Tuple[np.ndarray, List[Tuple[int, ...]], List[int]]:
+) -> Tuple[np.ndarray, List[Tuple[int, ...]], List[int], np.ndarray]:
     """An image with one to MAX_DIGITS digits that do not overlap.
 
     Returns:
         The (IMAGE_SIZE, IMAGE_SIZE, 3) uint8 image, boxes (x, y, width,
-        height) in pixels, and the digits' labels.
+        height) in pixels, the digits' labels, and which digit each pixel
+        belongs to, from 1 on, 0 for the background.
     """
     image = draw_background(rng)
+    owner = np.zeros(image.shape[:2], np.uint8)
     boxes: List[Tuple[int, ...]] = []
     found: List[int] = []
     for _ in range(rng.integers(1, MAX_DIGITS + 1)):
@@ -86,24 +96,75 @@ def draw_image(
         patch += ink[..., None] * (colour - patch)
         boxes.append(box)
         found.append(int(labels[index]))
+        owner[y : y + h, x : x + w][ink > MASK_INK] = len(found)
     image += rng.normal(0, 6, image.shape)
-    return np.clip(image, 0, 255).astype(np.uint8), boxes, found
+    return np.clip(image, 0, 255).astype(np.uint8), boxes, found, owner
+
+
+def run_lengths(mask: np.ndarray) -> Dict[str, List[int]]:
+    """A boolean mask as COCO's uncompressed run-length encoding."""
+    flat = np.concatenate([[False], mask.flatten(order='F')])
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    counts = np.diff(np.concatenate([[0], changes, [mask.size]]))
+    return dict(size=list(mask.shape), counts=counts.tolist())
+
+
+def panoptic_map(owner: np.ndarray) -> np.ndarray:
+    """Each pixel's segment as COCO colours it, blue first for OpenCV."""
+    ids = segment_id(owner.astype(np.int64))
+    return np.stack([ids >> 16, ids >> 8 & 255, ids & 255], axis=-1)
+
+
+def segment_id(owner: Union[int, np.ndarray]) -> Union[int, np.ndarray]:
+    """A segment's number in the panoptic map, of more than one byte."""
+    return 300 * (owner + 1)
+
+
+def describe_segments(
+    boxes: List[Tuple[int, ...]], found: List[int], owner: np.ndarray
+) -> List[Dict]:
+    """``segments_info`` of the background and the digits."""
+    whole = (0, 0, IMAGE_SIZE, IMAGE_SIZE)
+    return [
+        dict(
+            id=segment_id(number),
+            category_id=category,
+            bbox=list(box),
+            area=int((owner == number).sum()),
+            iscrowd=0,
+        )
+        for number, (category, box) in enumerate(
+            zip([GROUND, *found], [whole, *boxes])
+        )
+    ]
 
 
 def make_split(out_dir: Path, split: str, num_images: int, seed: int) -> None:
-    """Write ``split``/*.png and annotations/``split``.json."""
+    """Write images, maps and annotations/*.json of a split."""
     digits = load_digits()
     scans = digits.images[SCANS[split]]
     labels = digits.target[SCANS[split]]
     rng = np.random.default_rng([seed, sorted(SCANS).index(split)])
-    (out_dir / split).mkdir(parents=True, exist_ok=True)
-    (out_dir / 'annotations').mkdir(exist_ok=True)
+    for folder in (
+        split,
+        f'panoptic_{split}',
+        f'semantic_{split}',
+        'annotations',
+    ):
+        (out_dir / folder).mkdir(parents=True, exist_ok=True)
     images: List[Dict] = []
+    panoptic: List[Dict] = []
     annotations: List[Dict] = []
     for image_id in range(num_images):
-        image, boxes, found = draw_image(scans, labels, rng)
+        image, boxes, found, owner = draw_image(scans, labels, rng)
         name = f'{image_id:06d}.png'
-        cv2.imwrite(str(out_dir / split / name), image)
+        semantic = np.array([1, *(label + 2 for label in found)], np.uint8)
+        for folder, pixels in (
+            (split, image),
+            (f'panoptic_{split}', panoptic_map(owner).astype(np.uint8)),
+            (f'semantic_{split}', semantic[owner]),
+        ):
+            cv2.imwrite(str(out_dir / folder / name), pixels)
         images.append(
             dict(
                 id=image_id,
@@ -112,7 +173,14 @@ def make_split(out_dir: Path, split: str, num_images: int, seed: int) -> None:
                 height=IMAGE_SIZE,
             )
         )
-        for box, label in zip(boxes, found):
+        panoptic.append(
+            dict(
+                image_id=image_id,
+                file_name=name,
+                segments_info=describe_segments(boxes, found, owner),
+            )
+        )
+        for number, (box, label) in enumerate(zip(boxes, found), 1):
             annotations.append(
                 dict(
                     id=len(annotations) + 1,
@@ -120,15 +188,22 @@ def make_split(out_dir: Path, split: str, num_images: int, seed: int) -> None:
                     category_id=label,
                     bbox=list(box),
                     area=box[2] * box[3],
+                    segmentation=run_lengths(owner == number),
                     iscrowd=0,
                 )
             )
-    categories = [dict(id=i, name=str(i)) for i in range(10)]
-    (out_dir / 'annotations' / f'{split}.json').write_text(
-        json.dumps(
-            dict(images=images, annotations=annotations, categories=categories)
+    categories = [dict(id=i, name=str(i), isthing=1) for i in range(10)]
+    ground = dict(id=GROUND, name='ground', isthing=0)
+    for name, content in (
+        (split, dict(annotations=annotations, categories=categories)),
+        (
+            f'panoptic_{split}',
+            dict(annotations=panoptic, categories=[*categories, ground]),
+        ),
+    ):
+        (out_dir / 'annotations' / f'{name}.json').write_text(
+            json.dumps(dict(images=images, **content))
         )
-    )
 
 
 def main() -> None:

@@ -1,0 +1,6 @@
+# and without FPN
+_base_ = [
+    './faster-rcnn_r50_fpn_32xb16-measure-16e_coco.py',
+    './_base_/faster-rcnn_without-fpn.py',
+]
+model = _base_.without_fpn

@@ -1,0 +1,6 @@
+# batch 512 with AGVM, as in the official code
+_base_ = './faster-rcnn-align_r50_fpn_32xb16-16e_coco.py'
+optim_wrapper = dict(
+    _base_.agvm, begin=560, ratio_range=_base_.align_ratio_range
+)
+custom_hooks = [*_base_.custom_hooks, *_base_.agvm_hooks]

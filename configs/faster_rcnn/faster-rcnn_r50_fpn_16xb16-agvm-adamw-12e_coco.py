@@ -1,0 +1,4 @@
+# batch 256 with AGVM
+_base_ = './faster-rcnn_r50_fpn_16xb16-adamw-12e_coco.py'
+optim_wrapper = dict(_base_.agvm, begin=1018)
+custom_hooks = _base_.agvm_hooks

@@ -1,0 +1,5 @@
+# batch 32 with LAMB: settings not in the paper
+_base_ = './faster-rcnn_r50_fpn_2xb16-adamw-12e_coco.py'
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='LAMB', lr=1.25e-3, weight_decay=0.05)
+)

@@ -1,0 +1,4 @@
+# batch 1024 with AGVM
+_base_ = './faster-rcnn_r50_fpn_64xb16-adamw-12e_coco.py'
+optim_wrapper = dict(_base_.agvm, interval=5, begin=445)
+custom_hooks = _base_.agvm_hooks

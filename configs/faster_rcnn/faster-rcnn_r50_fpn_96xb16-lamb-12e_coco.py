@@ -1,0 +1,5 @@
+# batch 1536 with LAMB: settings not in the paper
+_base_ = './faster-rcnn_r50_fpn_96xb16-adamw-12e_coco.py'
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='LAMB', lr=0.00866, weight_decay=0.05)
+)

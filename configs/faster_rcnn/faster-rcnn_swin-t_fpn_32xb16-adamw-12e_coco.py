@@ -1,0 +1,5 @@
+# batch 512: appendix A.5, table 3; an epoch is 230 iterations
+_base_ = './_base_/faster-rcnn_swin-t_fpn_adamw-12e_coco.py'
+optim_wrapper = dict(optimizer=dict(lr=1.2e-3), clip_grad=dict(max_norm=1.0))
+param_scheduler = [dict(_base_.warmup, end=460), _base_.decay]
+auto_scale_lr = dict(base_batch_size=512)

@@ -1,0 +1,13 @@
+# Mask R-CNN with SGD, of any batch size. Norm layers and images per GPU are
+# those of the official code.
+_base_ = [
+    'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    '../../_base_/recipe.py',
+]
+model = dict(backbone=_base_.sync_bn)
+train_dataloader = _base_.train_dataloader_16
+# 14 epochs by the project page's iterations; when to decay is not in the paper
+decay = dict(
+    type='MultiStepLR', by_epoch=True, end=14, milestones=[10, 12], gamma=0.1
+)
+train_cfg = dict(max_epochs=14)

@@ -1,0 +1,4 @@
+# batch 32 with AGVM
+_base_ = './mask-rcnn_r50_fpn_2xb16-14e_coco.py'
+optim_wrapper = dict(_base_.agvm, begin=3765)
+custom_hooks = _base_.agvm_hooks

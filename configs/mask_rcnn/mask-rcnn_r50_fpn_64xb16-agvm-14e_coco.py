@@ -1,0 +1,4 @@
+# batch 1024 with AGVM
+_base_ = './mask-rcnn_r50_fpn_64xb16-14e_coco.py'
+optim_wrapper = dict(_base_.agvm, interval=5, begin=330)
+custom_hooks = _base_.agvm_hooks

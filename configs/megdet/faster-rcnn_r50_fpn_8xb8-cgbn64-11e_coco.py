@@ -1,0 +1,12 @@
+# batch 64, BN size 64; an epoch is 1833 iterations
+_base_ = './_base_/faster-rcnn_r50_fpn_11e_coco.py'
+model = dict(
+    backbone=dict(
+        norm_cfg=dict(type='CGBN', bn_size=64),
+        norm_eval=False,
+        with_cp=True,  # to fit into memory
+    )
+)
+train_dataloader = dict(batch_size=8, num_workers=8)
+optim_wrapper = dict(optimizer=dict(lr=0.08))
+auto_scale_lr = dict(base_batch_size=64)

@@ -1,0 +1,5 @@
+# batch 10240: not in the paper; an epoch is 12 iterations
+_base_ = './_base_/retinanet_r18_fpn_14e_coco.py'
+optim_wrapper = dict(optimizer=dict(lr=0.716))
+param_scheduler = [dict(_base_.warmup, end=24), _base_.decay]
+auto_scale_lr = dict(base_batch_size=10240)

@@ -1,0 +1,4 @@
+# batch 32 with AGVM
+_base_ = './fpn_r50_2xb16-160k_ade20k-512x512.py'
+optim_wrapper = dict(_base_.agvm, interval=5, begin=600)
+custom_hooks = _base_.agvm_hooks

@@ -1,0 +1,57 @@
+"""Gradient clipping for a part of the training."""
+
+from typing import Any, Dict, Optional
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+
+@HOOKS.register_module()
+class ClipGradWindowHook(Hook):
+    """Lets ``optim_wrapper.clip_grad`` act in a window of iterations only.
+
+    What is clipped, and how, is set in ``optim_wrapper.clip_grad`` as ever.
+    Holds no state, so a resumed run clips as if it had never stopped.
+
+    Args:
+        begin: First iteration whose update is clipped.
+        end: First one after the window that is not. Defaults to None, never.
+
+    Raises:
+        ValueError: The window is empty, or ``clip_grad`` is not set.
+    """
+
+    def __init__(self, begin: int, end: Optional[int] = None) -> None:
+        if begin < 0 or (end is not None and end <= begin):
+            raise ValueError(
+                f'begin={begin}, end={end} of ClipGradWindowHook is no '
+                'window: write 0 <= begin < end'
+            )
+        self.begin = begin
+        self.end = end
+        self._clip_grad: Optional[Dict[str, Any]] = None
+
+    def before_train(self, runner: Runner) -> None:
+        """Take the setting over."""
+        self._clip_grad = runner.optim_wrapper.clip_grad_kwargs
+        if not self._clip_grad:
+            raise ValueError(
+                'ClipGradWindowHook has nothing to clip by: set '
+                'clip_grad=dict(max_norm=...) in optim_wrapper'
+            )
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Switch clipping on or off."""
+        inside = self.begin <= runner.iter and (
+            self.end is None or runner.iter < self.end
+        )
+        runner.optim_wrapper.clip_grad_kwargs = (
+            self._clip_grad if inside else None
+        )
+
+    def after_train(self, runner: Runner) -> None:
+        """Leave the wrapper as it was."""
+        runner.optim_wrapper.clip_grad_kwargs = self._clip_grad

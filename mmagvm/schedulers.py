@@ -1,0 +1,93 @@
+"""Schedules that MMEngine lacks."""
+
+from typing import Any, List
+
+from mmengine.optim.scheduler.param_scheduler import INF, _ParamScheduler
+from mmengine.registry import PARAM_SCHEDULERS
+
+
+@PARAM_SCHEDULERS.register_module()
+class ExponentialWarmupLR(_ParamScheduler):
+    """Grows the learning rate by the same factor at each step.
+
+    From ``start_factor`` at ``begin`` to 1 at the last step before ``end``,
+    where LinearLR gets there too:
+
+        factor_t = start_factor ** (1 - (t - begin) / (end - begin - 1))
+
+    Args:
+        optimizer: An optimizer or an optimizer wrapper.
+        start_factor: Of the learning rate, in (0, 1]. Defaults to 0.001.
+        begin: First step. Defaults to 0.
+        end: Step from which on the rate is left alone.
+        last_step: As in MMEngine. Defaults to -1.
+        by_epoch: Whether steps are epochs. Defaults to True, MMEngine's; with
+            ``convert_to_iter_based=True`` it grows within epochs.
+        verbose: Whether to print every rate. Defaults to False.
+
+    Raises:
+        ValueError: ``start_factor`` or ``end`` cannot be meant.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        start_factor: float = 0.001,
+        begin: int = 0,
+        end: int = INF,
+        last_step: int = -1,
+        by_epoch: bool = True,
+        verbose: bool = False,
+    ) -> None:
+        if not 0 < start_factor <= 1:
+            raise ValueError(
+                f'start_factor={start_factor} of ExponentialWarmupLR is not '
+                'a factor to grow from: write one above 0 and up to 1'
+            )
+        if end == INF:
+            raise ValueError(
+                'ExponentialWarmupLR must end somewhere: set its end'
+            )
+        self.start_factor = start_factor
+        self.total_iters = end - begin - 1
+        super().__init__(
+            optimizer,
+            param_name='lr',
+            begin=begin,
+            end=end,
+            last_step=last_step,
+            by_epoch=by_epoch,
+            verbose=verbose,
+        )
+
+    @classmethod
+    def build_iter_from_epoch(
+        cls,
+        optimizer: Any,
+        begin: int = 0,
+        end: int = INF,
+        by_epoch: bool = True,
+        epoch_length: int = 1,
+        **kwargs: Any,
+    ) -> 'ExponentialWarmupLR':
+        """The same in iterations, from ``begin`` and ``end`` in epochs."""
+        assert by_epoch, 'only a schedule of epochs can be converted'
+        return cls(
+            optimizer,
+            begin=int(begin * epoch_length),
+            end=end if end == INF else int(end * epoch_length),
+            by_epoch=False,
+            **kwargs,
+        )
+
+    def _get_value(self) -> List[float]:
+        """The next rates, from the present ones as MMEngine wants it."""
+        if self.last_step == 0:
+            # a warm-up of one step has no room to grow in
+            factor = self.start_factor if self.total_iters > 0 else 1.0
+        else:
+            factor = self.start_factor ** (-1 / self.total_iters)
+        return [
+            group[self.param_name] * factor
+            for group in self.optimizer.param_groups
+        ]
