@@ -5,6 +5,7 @@ mmdet nor mmseg is imported.
 """
 
 from .amp_optim_wrapper import AGVMAmpOptimWrapper
+from .cgbn import CGBN
 from .compat import allow_checkpoints, check_versions
 from .hook import AGVMHook
 from .lr_scaling import RULES, LRRule, find_rule
@@ -20,6 +21,7 @@ __all__ = [
     'AGVMHook',
     'AGVMOptimWrapper',
     'AGVMOptimWrapperConstructor',
+    'CGBN',
     'LRRule',
     'RULES',
     '__version__',
