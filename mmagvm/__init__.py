@@ -4,6 +4,7 @@ Importing this registers everything in MMEngine's root registries; neither
 mmdet nor mmseg is imported.
 """
 
+from . import optimizers  # noqa: F401  registers LARS, LAMB, PMDLAMB
 from .amp_optim_wrapper import AGVMAmpOptimWrapper
 from .cgbn import CGBN
 from .compat import allow_checkpoints, check_versions
