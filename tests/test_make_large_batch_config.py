@@ -165,7 +165,7 @@ auto_scale_lr = dict(base_batch_size=None)
 """
     file = own(lines=lines)
     cfg, text, printed = make(
-        *(file, '--batch-size', 256, '--gpus', 16, '--images', 5120),
+        *(file, '--batch-size', 256, '--gpus', 16, '--images', 51200),
         out=tmp_path / 'elsewhere' / 'large.py',
     )
     assert "_base_ = ['../configs/own.py']" in text
@@ -178,9 +178,9 @@ auto_scale_lr = dict(base_batch_size=None)
     assert wrapper.optimizer.lr == pytest.approx(0.02 * 4 * 2**0.5, rel=1e-3)
     assert [hook.type for hook in cfg.custom_hooks] == ['EMAHook', 'AGVMHook']
     assert cfg.custom_imports.imports == ['json', 'mmagvm']
-    assert cfg.param_scheduler[0].end == 2 * 5120 // 256
+    assert cfg.param_scheduler[0].end == 2 * 51200 // 256
     # again, over its own file
-    make(file, '--batch-size', 128, '--gpus', 16, '--images', 5120)
+    make(file, '--batch-size', 128, '--gpus', 16, '--images', 51200)
 
 
 def test_images_are_counted_where_they_lie(make, own, tmp_path):
