@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from mmagvm.cgbn import CGBN, possible_group_sizes
+from mmagvm.hook import useless_sync_bn
 
 CHANNELS = 3
 #: Images per rank, and height and width on each of up to 4 ranks.
@@ -120,6 +121,13 @@ def test_resnet_takes_it_and_loads_a_plain_one():
 def test_senseless_setting_is_refused(options):
     with pytest.raises(ValueError, match=f'{[*options][0]}=.* write 1 or'):
         CGBN(CHANNELS, **{'bn_size': 16, **options})
+
+
+def test_norm_eval_that_switches_it_off_is_told():
+    model = nn.ModuleDict(dict(backbone=nn.Sequential(CGBN(CHANNELS, 16))))
+    assert useless_sync_bn(model) == []
+    model['backbone'].norm_eval = True
+    assert useless_sync_bn(model) == ['backbone']
 
 
 def test_groups_stay_on_a_machine():
