@@ -4,7 +4,9 @@ Importing this registers everything in MMEngine's root registries; neither
 mmdet nor mmseg is imported.
 """
 
+from . import optimizers  # noqa: F401  registers LARS, LAMB, PMDLAMB
 from .amp_optim_wrapper import AGVMAmpOptimWrapper
+from .cgbn import CGBN
 from .clip_grad_hook import ClipGradWindowHook
 from .compat import allow_checkpoints, check_versions
 from .hook import AGVMHook
@@ -25,6 +27,7 @@ __all__ = [
     'AGVMOptimWrapperConstructor',
     'ClipGradWindowHook',
     'ExponentialWarmupLR',
+    'CGBN',
     'LRRule',
     'LoadPanopticSegments',
     'RECIPES',

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
+from .cgbn import CGBN
 from .lr_scaling import find_rule
 from .optim_wrapper import AGVMOptimWrapper
 
@@ -61,9 +62,10 @@ class AGVMHook(Hook):
             runner.logger.info(line)
         for name in useless_sync_bn(runner.model):
             runner.logger.warning(
-                f'AGVM: {name} has SyncBN layers, but norm_eval=True keeps '
-                'them in evaluation mode, where they synchronise nothing: set '
-                f'norm_eval=False in {name}, or use BN'
+                f'AGVM: {name} has SyncBN layers (or CGBN), but '
+                'norm_eval=True keeps them in evaluation mode, where they '
+                f'synchronise nothing: set norm_eval=False in {name}, or use '
+                'BN'
             )
 
     def after_train_iter(
@@ -168,14 +170,15 @@ def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
 
 
 def useless_sync_bn(model: nn.Module) -> List[str]:
-    """Names of submodules whose ``norm_eval`` disables their SyncBN."""
+    """Names of submodules whose ``norm_eval`` disables SyncBN or CGBN."""
     model = getattr(model, 'module', model)
     return [
         name or type(model).__name__
         for name, module in model.named_modules()
         if getattr(module, 'norm_eval', False)
         and any(
-            isinstance(layer, _BatchNorm) and 'Sync' in type(layer).__name__
+            isinstance(layer, _BatchNorm)
+            and ('Sync' in type(layer).__name__ or isinstance(layer, CGBN))
             for layer in module.modules()
         )
     ]

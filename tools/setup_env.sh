@@ -49,5 +49,5 @@ if ! python -c 'import mmcv._ext' 2>/dev/null; then
         "$(grep '^mmcv==' requirements/openmmlab.txt)"
 fi
 echo "== Installing MMDetection, MMSegmentation and mmagvm"
-pip install --quiet --no-build-isolation -e '.[openmmlab,tools,tests]'
+pip install --quiet --no-build-isolation -e '.[openmmlab,optimizers,tools,tests]'
 echo "$stamp" > .venv/installed

@@ -1,0 +1,315 @@
+"""tools/misc/make_large_batch_config.py, on configs of all kinds.
+
+1. What does not need a model: how a batch is split.
+2. An epoch-based config of mmdet, an iteration-based one of mmseg, a user's
+   own: what is written, and that it is loaded.
+3. What is refused.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+TOOL = Path(__file__).parent.parent / 'tools/misc/make_large_batch_config.py'
+FASTER_RCNN = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+SEM_FPN = 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py'
+SEGFORMER = 'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'
+
+
+@pytest.fixture(scope='module')
+def tool():
+    spec = importlib.util.spec_from_file_location('tool', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['tool'] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules['tool']
+    DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture
+def make(tool, tmp_path, monkeypatch, capsys):
+    """Call the tool; the written config, its text and what was printed."""
+
+    def call(config, *options, out=None):
+        out = out or tmp_path / 'out.py'
+        arguments = [config, *options, '--out', out]
+        monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, arguments)])
+        tool.main()
+        return Config.fromfile(out), out.read_text(), capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A user's own config: a few lines of their own and a package's base."""
+
+    def write(base=FASTER_RCNN, lines='', name='own.py'):
+        file = tmp_path / 'configs' / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f'_base_ = {base!r}\n{lines}\n')
+        return file
+
+    return write
+
+
+# -- how a batch is split
+
+
+@pytest.mark.parametrize(
+    'batch, gpus, most, images, accumulation',
+    [
+        (1024, 64, 16, 16, 1),
+        (1024, 8, 16, 16, 8),
+        (512, 64, 16, 8, 1),
+        (96, 4, 16, 12, 2),
+        (34, 2, 16, 1, 17),
+        (16, 1, 16, 8, 2),  # AGVM needs two micro-batches on one GPU
+        (2, 1, 16, 1, 2),
+        (64, 4, 4, 4, 4),
+    ],
+)
+def test_batch_is_split(tool, batch, gpus, most, images, accumulation):
+    split = tool.split_batch(batch, gpus, most)
+    assert (split.images_per_gpu, split.accumulation) == (images, accumulation)
+
+
+# -- what is written
+
+
+def test_epoch_based_config_of_mmdet(make):
+    cfg, text, printed = make(FASTER_RCNN, '--batch-size', 1024, '--gpus', 64)
+    assert len(text.splitlines()) < 60
+    assert cfg.train_dataloader.batch_size == 16
+    wrapper = cfg.optim_wrapper
+    assert wrapper.type == 'AGVMOptimWrapper'
+    assert wrapper.optimizer.lr == pytest.approx(0.452, abs=1e-3)  # the paper
+    assert wrapper.optimizer.momentum == 0.9  # inherited
+    assert (wrapper.accumulative_counts, wrapper.interval) == (1, 5)
+    warmup, decay = cfg.param_scheduler
+    assert (warmup.begin, warmup.end, warmup.by_epoch) == (0, 230, False)
+    assert decay.milestones == [8, 11]
+    assert wrapper.begin == 330
+    assert cfg.train_cfg.max_epochs == 12
+    assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=1024)
+    assert [hook.type for hook in cfg.custom_hooks] == ['AGVMHook']
+    assert 'modules that AGVM tells apart: backbone, neck, rpn_head' in printed
+    assert "norm_cfg=dict(type='SyncBN'" in printed
+    assert 'its auto_scale_lr.base_batch_size' in printed
+
+
+def test_accumulation_counts_iterations_and_updates_apart(make):
+    cfg, _, _ = make(FASTER_RCNN, '--batch-size', 1024, '--gpus', 16)
+    assert cfg.train_dataloader.batch_size == 16
+    assert cfg.optim_wrapper.accumulative_counts == 4
+    assert cfg.param_scheduler[0].end == 4 * 230
+    assert cfg.optim_wrapper.begin == 330
+
+
+def test_iteration_based_config_of_mmseg(make):
+    cfg, _, printed = make(
+        *(SEM_FPN, '--batch-size', 512, '--gpus', 16),
+        *('--base-batch-size', 32),
+    )
+    # the paper's table
+    assert cfg.train_cfg.max_iters == 2 * 10000
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(0.113, abs=2e-4)
+    assert cfg.optim_wrapper.interval == 5
+    assert cfg.optim_wrapper.accumulative_counts == 2
+    warmup, poly = cfg.param_scheduler
+    assert (warmup.type, warmup.end) == ('LinearLR', 2 * 500)
+    assert (poly.begin, poly.end, poly.power) == (2 * 500, 2 * 10000, 0.9)
+    assert cfg.optim_wrapper.begin == 600
+    assert cfg.train_cfg.val_interval == 2000
+    assert cfg.default_hooks.checkpoint.interval == 2000
+    assert '160000 -> 20000 iterations' in printed
+
+
+def test_own_warmup_and_base_batch_are_found(make):
+    cfg, _, printed = make(SEGFORMER, '--batch-size', 64, '--gpus', 8)
+    assert 'the name segformer_mit-b0_8xb2' in printed
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(4 * 6e-5)
+    warmup, poly = cfg.param_scheduler
+    assert warmup.start_factor == 1e-6
+    assert (warmup.end, poly.begin, poly.end) == (500, 500, 40000)
+    assert 'custom_keys' in str(cfg.optim_wrapper.paramwise_cfg)
+
+
+def test_longer_warmup_of_the_original_is_kept_in_images(make, own):
+    lines = (
+        'param_scheduler = [dict(type="LinearLR", start_factor=0.1, '
+        'by_epoch=False, begin=0, end=20000)]'
+    )
+    cfg, _, printed = make(own(lines=lines), '--batch-size', 256, '--gpus', 16)
+    (warmup,) = cfg.param_scheduler
+    assert warmup.end == 20000 * 16 // 256 > 2 * 117266 // 256
+    assert "the original's, in images" in printed
+
+
+def test_own_config_keeps_what_it_says(make, own, tmp_path):
+    lines = """
+optim_wrapper = dict(
+    type='AmpOptimWrapper', clip_grad=dict(max_norm=35),
+    paramwise_cfg=dict(norm_decay_mult=0.0))
+custom_hooks = [dict(type='EMAHook')]
+custom_imports = dict(imports=['json'])
+train_dataloader = dict(batch_size=4)
+auto_scale_lr = dict(base_batch_size=None)
+"""
+    file = own(lines=lines)
+    cfg, text, printed = make(
+        *(file, '--batch-size', 256, '--gpus', 16, '--images', 51200),
+        out=tmp_path / 'elsewhere' / 'large.py',
+    )
+    assert "_base_ = ['../configs/own.py']" in text
+    wrapper = cfg.optim_wrapper
+    assert wrapper.type == 'AGVMAmpOptimWrapper'
+    assert wrapper.clip_grad.max_norm == 35
+    assert wrapper.paramwise_cfg.norm_decay_mult == 0
+    # 8 GPUs x 4 images, then 32 to 128 linearly, and once the square root
+    assert "8 GPUs, mmdet's default, x 4 images" in printed
+    assert wrapper.optimizer.lr == pytest.approx(0.02 * 4 * 2**0.5, rel=1e-3)
+    assert [hook.type for hook in cfg.custom_hooks] == ['EMAHook', 'AGVMHook']
+    assert cfg.custom_imports.imports == ['json', 'mmagvm']
+    assert cfg.param_scheduler[0].end == 2 * 51200 // 256
+    # again, over its own file
+    make(file, '--batch-size', 128, '--gpus', 16, '--images', 51200)
+
+
+def test_images_are_counted_where_they_lie(make, own, tmp_path):
+    lines = f"""
+train_dataloader = dict(dataset=dict(
+    _delete_=True, type='RepeatDataset', times=3, dataset=dict(
+        type='CocoDataset', ann_file={str(tmp_path / 'some.json')!r},
+        data_prefix=dict(img=''), pipeline=[])))
+"""
+    images = [
+        dict(id=i, file_name=f'{i}.png', width=9, height=9) for i in range(40)
+    ]
+    import json
+
+    (tmp_path / 'some.json').write_text(
+        json.dumps(dict(images=images, annotations=[], categories=[]))
+    )
+    _, _, printed = make(own(lines=lines), '--batch-size', 32, '--gpus', 2)
+    assert '12 of 120 images, 4 iterations each' in printed
+
+
+@pytest.mark.parametrize(
+    'optimizer, lr, decay, paper',
+    [
+        ('AdamW', 1.2e-3, 0.05, True),
+        ('LAMB', 1.2e-3, 0.05, False),
+        ('LARS', 0.32, 1e-4, False),
+    ],
+)
+def test_optimizer_is_changed(make, optimizer, lr, decay, paper):
+    if optimizer != 'AdamW':
+        pytest.importorskip('pytorch_optimizer')
+    cfg, _, printed = make(
+        *(FASTER_RCNN, '--batch-size', 512, '--gpus', 32),
+        *('--optimizer', optimizer),
+    )
+    found = cfg.optim_wrapper.optimizer
+    assert found.type == optimizer
+    assert found.lr == pytest.approx(lr, rel=1e-3)
+    assert found.weight_decay == decay
+    assert ('not in the paper' in printed) != paper
+
+
+def test_recipe_of_this_project_is_reproduced(make):
+    """But for its 16 epochs, which no tool can know."""
+    recipe = Config.fromfile(
+        TOOL.parents[2]
+        / 'configs/faster_rcnn/faster-rcnn_r50_fpn_32xb16-agvm-16e_coco.py'
+    )
+    cfg, _, _ = make(FASTER_RCNN, '--batch-size', 512, '--gpus', 32)
+    ours, theirs = cfg.optim_wrapper, recipe.optim_wrapper
+    assert ours.optimizer == theirs.optimizer
+    for setting in ('begin', 'interval', 'ema_decay', 'type', 'constructor'):
+        assert ours[setting] == theirs[setting]
+    assert cfg.param_scheduler[0].end == recipe.param_scheduler[0].end
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    'config, options, message',
+    [
+        ('no.py', '--batch-size 64 --gpus 8', 'no.py: no such config file'),
+        ('mmdet::no/no.py', '--batch-size 64 --gpus 8', 'could not be read'),
+        (FASTER_RCNN, '--batch-size 60 --gpus 8', '60 .* 8 GPUs: write 56 or'),
+        (FASTER_RCNN, '--batch-size 4 --gpus 8', 'GPUs: write 8'),
+        (FASTER_RCNN, '--batch-size 0 --gpus 8', '--batch-size 0 is not'),
+        (FASTER_RCNN, '--batch-size 1 --gpus 1', 'nothing to compare'),
+        (
+            FASTER_RCNN,
+            '--batch-size 64 --gpus 8 --optimizer Addam',
+            '--optimizer Addam is unknown here: write one of SGD, LARS',
+        ),
+        (
+            FASTER_RCNN,
+            '--batch-size 64 --gpus 8 --base-batch-size -16',
+            '--base-batch-size -16 is not a number',
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(make, tmp_path, config, options, message):
+    with pytest.raises(SystemExit, match=message) as refusal:
+        make(config, *options.split())
+    assert '\n' not in str(refusal.value)
+    assert not (tmp_path / 'out.py').exists()
+
+
+@pytest.mark.parametrize(
+    'lines, message',
+    [
+        ("optim_wrapper = dict(type='ApexOptimWrapper')", 'no AGVM counterp'),
+        (
+            "optim_wrapper = dict(constructor='LayerDecay')",
+            "constructor='LayerDecay' would be replaced",
+        ),
+        ("model = dict(neck=dict(type='NoNeck'))", 'model could not be built'),
+        ('optim_wrapper = dict(modules=["tail"])', "'tail'.* no trainable"),
+        (
+            "train_dataloader = dict(dataset=dict(ann_file='no.json'))",
+            'could not be counted .* write --images N',
+        ),
+        ('train_dataloader = None', 'the config has no train_dataloader'),
+        ('optim_wrapper = dict(', 'could not be read'),
+    ],
+)
+def test_unsuitable_config_is_refused(make, own, tmp_path, lines, message):
+    with pytest.raises(SystemExit, match=message) as refusal:
+        make(own(lines=lines), '--batch-size', 64, '--gpus', 8)
+    assert '\n' not in str(refusal.value)
+    assert not (tmp_path / 'out.py').exists()
+
+
+def test_file_of_somebody_else_is_not_overwritten(make, own):
+    file = own()
+    before = file.read_text()
+    with pytest.raises(SystemExit, match='not made by this tool'):
+        make(file, '--batch-size', 64, '--gpus', 8, out=file)
+    assert file.read_text() == before
+
+
+def test_refusal_is_one_sentence_and_exit_code_1(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(TOOL), 'no.py', '--batch-size=64', '--gpus=8'],
+        cwd=tmp_path,
+        env=dict(os.environ, PYTHONPATH=str(TOOL.parents[2])),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == 'no.py: no such config file'
+    assert 'Traceback' not in done.stderr

@@ -1,0 +1,749 @@
+"""Turns a config of mmdet or mmseg into its large-batch version with AGVM.
+
+Writes a config that inherits from the original and states the difference,
+loads and builds it to see that it works, and tells what changed and why.
+"""
+
+import argparse
+import copy
+import math
+import os
+import re
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import (
+    DATASETS,
+    MODELS,
+    init_default_scope,
+)
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import mmagvm  # noqa: F401  registers AGVM
+from mmagvm.hook import useless_sync_bn
+from mmagvm.lr_scaling import RULES, LRRule, find_rule
+
+HEADER = '# Made by tools/misc/make_large_batch_config.py:\n'
+#: Optimizer wrappers and the AGVM one that does the same.
+WRAPPERS = dict(
+    OptimWrapper='AGVMOptimWrapper',
+    AmpOptimWrapper='AGVMAmpOptimWrapper',
+    AGVMOptimWrapper='AGVMOptimWrapper',
+    AGVMAmpOptimWrapper='AGVMAmpOptimWrapper',
+)
+CONSTRUCTORS = (
+    None,
+    'DefaultOptimWrapperConstructor',
+    'AGVMOptimWrapperConstructor',
+)
+#: Optimizers to change to: whose rule gives the rate, and their options. Of
+#: these only SGD and AdamW have a learning rate in the paper.
+OPTIONS: Dict[str, Tuple[str, Dict[str, float]]] = {
+    'SGD': ('SGD', dict(momentum=0.9, weight_decay=1e-4)),
+    'LARS': ('SGD', dict(momentum=0.9, weight_decay=1e-4)),
+    'AdamW': ('AdamW', dict(weight_decay=0.05)),
+    'LAMB': ('AdamW', dict(weight_decay=0.05)),
+    'PMDLAMB': ('AdamW', dict(weight_decay=0.05)),
+}
+#: Images of data sets that need not lie here: class, a part of ann_file or,
+#: without one, of data_prefix.
+IMAGES = {
+    ('CocoDataset', 'train2017.json'): 117266,
+    ('CocoPanopticDataset', 'train2017.json'): 117266,
+    ('ADE20KDataset', 'training'): 20210,
+}
+#: Schedulers that can be a warm-up.
+WARMUPS = ('LinearLR', 'ConstantLR', 'QuadraticWarmupLR')
+#: Numbers in a scheduler that are iterations where ``by_epoch`` is False.
+SPANS = ('begin', 'end', 'milestones', 'T_max', 'step_size', 'total_iters')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        'config', help="file, or name such as 'mmdet::retinanet/...'"
+    )
+    parser.add_argument(
+        '--batch-size',
+        type=int,
+        required=True,
+        help='images of an update, over all GPUs and accumulation',
+    )
+    parser.add_argument('--gpus', type=int, required=True)
+    parser.add_argument(
+        '--optimizer',
+        help=f"change to one of {', '.join(OPTIONS)} (default: the config's)",
+    )
+    parser.add_argument(
+        '--max-images-per-gpu',
+        type=int,
+        default=16,
+        help='more are accumulated (default: 16)',
+    )
+    parser.add_argument(
+        '--base-batch-size',
+        type=int,
+        help="batch size of the original's learning rate and schedule "
+        '(default: its auto_scale_lr.base_batch_size, else what its name '
+        'says, else 8 GPUs)',
+    )
+    parser.add_argument(
+        '--images',
+        type=int,
+        help='images in the training set (default: known for COCO and '
+        'ADE20K, else counted)',
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        help='file to write (default: the name of the original, with GPUs '
+        'and images, here)',
+    )
+    return parser.parse_args()
+
+
+def refuse(message: str) -> Any:
+    raise SystemExit(message)
+
+
+# -- reading the original
+
+
+def load(name: str) -> Config:
+    """The config that a file or a name ``package::file`` stands for."""
+    if '::' not in name and not Path(name).is_file():
+        refuse(f'{name}: no such config file')
+    try:
+        if '::' not in name:
+            return Config.fromfile(name)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / 'config.py'
+            file.write_text(f'_base_ = {name!r}\n')
+            return Config.fromfile(file)
+    except Exception as error:
+        return refuse(f'{name} could not be read: {one_line(error)}')
+
+
+def one_line(error: Exception) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())}'
+
+
+def find_base_batch_size(name: str, cfg: Config) -> Tuple[int, str]:
+    """The batch size that a config was made for, and who says so."""
+    given = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
+    images = cfg.train_dataloader.batch_size
+    named = None
+    for path in (*reversed(base_files(name)), name):
+        rule = re.search(r'_(\d+)xb(\d+)', Path(path).name)
+        if rule and int(rule[2]) == images:
+            named = int(rule[1]) * images, f'the name {Path(path).name}'
+    if given:
+        source = 'its auto_scale_lr.base_batch_size'
+        if named and named[0] != given:
+            source += (
+                f', though {named[1]} says {named[0]}; if that is right, give '
+                f'--base-batch-size {named[0]}'
+            )
+        return int(given), source
+    if named:
+        return named
+    return 8 * images, (
+        f"8 GPUs, mmdet's default, x {images} images, as nothing says "
+        'otherwise; if that is wrong, give --base-batch-size'
+    )
+
+
+def base_files(name: str) -> List[str]:
+    """The bases that a config file names itself."""
+    if '::' in name:
+        return []
+    try:
+        bases = Config._get_base_files(name)
+    except Exception:  # not a text config: then its bases are imports
+        return []
+    return list(bases)
+
+
+def innermost(dataset: Dict[str, Any]) -> Dict[str, Any]:
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    if 'datasets' in dataset:
+        return innermost(dataset['datasets'][0])
+    return dataset
+
+
+def count_images(dataset: Dict[str, Any]) -> int:
+    """Images in a training set, known or counted."""
+    if dataset.get('type') == 'RepeatDataset':
+        return int(dataset['times']) * count_images(dataset['dataset'])
+    if dataset.get('type') == 'MultiImageMixDataset':
+        return count_images(dataset['dataset'])
+    paths = str(dataset.get('ann_file') or dataset.get('data_prefix'))
+    for (kind, part), images in IMAGES.items():
+        if dataset.get('type') == kind and part in paths:
+            return images
+    try:
+        return len(DATASETS.build(copy.deepcopy(dataset)))
+    except Exception as error:
+        return refuse(
+            "the images of train_dataloader's dataset could not be counted "
+            f'({one_line(error)}): write --images N'
+        )
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """The config's model, without fetching pretrained weights."""
+    try:
+        return MODELS.build(without_weights(cfg.model))
+    except Exception as error:
+        return refuse(f'the model could not be built: {one_line(error)}')
+
+
+def without_weights(cfg: Any) -> Any:
+    """A copy of a model's config that names no pretrained weights."""
+    cfg = copy.deepcopy(cfg)
+    parts = [cfg]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            part.pop('pretrained', None)
+            if 'Pretrained' in str(part.get('init_cfg')):
+                part['init_cfg'] = None
+            parts += part.values()
+        elif isinstance(part, (list, tuple)):
+            parts += part
+    return cfg
+
+
+# -- the paper's tables, where they need more than the learning rate
+
+
+def warmup_epochs(adam: bool, batch_size: int) -> int:
+    """Of epoch-based recipes (appendix A.5)."""
+    if batch_size < 256:
+        return 1
+    return 3 if adam and batch_size >= 1024 else 2
+
+
+def warmup_updates(batch_size: int) -> int:
+    """Of the iteration-based recipe, Semantic FPN (appendix A.5)."""
+    return min(500, 500 * 512 // batch_size)
+
+
+def measuring_interval(batch_size: int, dataset: str) -> int:
+    """tau (appendix A.5)."""
+    return 10 if batch_size <= 512 and 'ADE20K' not in dataset else 5
+
+
+# -- the difference
+
+
+@dataclass
+class Plan:
+    """The difference to the original, and why."""
+
+    diff: Dict[str, Any] = field(default_factory=dict)
+    reasons: List[str] = field(default_factory=list)
+
+    def because(self, reason: str) -> None:
+        self.reasons.append(reason)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How a batch is made, and how much larger it is than the original's."""
+
+    size: int
+    gpus: int
+    images_per_gpu: int
+    accumulation: int
+    base: int
+
+    def iterations(self, old: int) -> int:
+        """As many images as ``old`` iterations of the original saw."""
+        updates = round(old * self.base / self.size)
+        return self.accumulation * max(updates, min(old, 1))
+
+
+def split_batch(size: int, gpus: int, max_images: int, base: int = 0) -> Batch:
+    """Images per GPU and accumulation, with as little of the latter."""
+    for name, value in (
+        ('--batch-size', size),
+        ('--gpus', gpus),
+        ('--max-images-per-gpu', max_images),
+    ):
+        if value < 1:
+            refuse(f'{name} {value} is not a number: write 1 or more')
+    if size % gpus:
+        refuse(
+            f'--batch-size {size} cannot be divided among {gpus} GPUs: write '
+            f'{size // gpus * gpus or gpus} or {(size // gpus + 1) * gpus}'
+        )
+    share = size // gpus
+    least = 2 if gpus == 1 else 1  # AGVM compares ranks or micro-batches
+    if share < least:
+        refuse(
+            f'--batch-size {size} on one GPU leaves AGVM nothing to compare: '
+            'write 2 or more'
+        )
+    accumulation = next(
+        count
+        for count in range(least, share + 1)
+        if share % count == 0 and share // count <= max_images
+    )
+    return Batch(size, gpus, share // accumulation, accumulation, base)
+
+
+def plan(cfg: Config, args: argparse.Namespace) -> Tuple[Plan, Batch]:
+    """Everything that changes."""
+    for name in ('base_batch_size', 'images'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            option = f'--{name.replace("_", "-")}'
+            refuse(
+                f'{option} {getattr(args, name)} is not a number: write 1 or '
+                'more'
+            )
+    batch = split_batch(args.batch_size, args.gpus, args.max_images_per_gpu)
+    base, source = (
+        (args.base_batch_size, '--base-batch-size')
+        if args.base_batch_size
+        else find_base_batch_size(args.config, cfg)
+    )
+    batch = Batch(
+        batch.size, batch.gpus, batch.images_per_gpu, batch.accumulation, base
+    )
+    result = Plan()
+    result.because(f'the original is for a batch of {base}: {source}')
+    result.diff['train_dataloader'] = dict(batch_size=batch.images_per_gpu)
+    result.because(
+        f'batch {batch.size} = {batch.gpus} GPUs x {batch.images_per_gpu} '
+        f'images x {batch.accumulation} accumulated micro-batches'
+    )
+    dataset = innermost(cfg.train_dataloader.dataset).get('type', '')
+    plan_optimizer(result, cfg, batch, args.optimizer, dataset)
+    warmup, total = plan_schedule(result, cfg, batch, args.images)
+    plan_agvm(result, cfg, batch, warmup, total, dataset)
+    return result, batch
+
+
+def check(cfg: Config) -> None:
+    """Refuse what AGVM or this tool cannot serve."""
+    for key in ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'):
+        if not cfg.get(key):
+            refuse(
+                f'the config has no {key}: give one that trains a model of '
+                'mmdet or mmseg'
+            )
+    wrapper = cfg.optim_wrapper
+    kind = wrapper.get('type', 'OptimWrapper')
+    if kind not in WRAPPERS:
+        refuse(
+            f'optim_wrapper.type={kind!r} has no AGVM counterpart: write '
+            "'OptimWrapper' or 'AmpOptimWrapper' in the original"
+        )
+    if wrapper.get('constructor') not in CONSTRUCTORS:
+        refuse(
+            f'optim_wrapper.constructor={wrapper.constructor!r} would be '
+            'replaced by AGVMOptimWrapperConstructor: remove it from the '
+            'original, or say the same in paramwise_cfg.custom_keys'
+        )
+
+
+def plan_optimizer(
+    result: Plan, cfg: Config, batch: Batch, wanted: Optional[str], data: str
+) -> None:
+    """The optimizer and its learning rate."""
+    optimizer = cfg.optim_wrapper.optimizer
+    name = wanted or optimizer['type']
+    if wanted is not None and wanted not in OPTIONS:
+        refuse(
+            f'--optimizer {wanted} is unknown here: write one of '
+            f'{", ".join(OPTIONS)}, or set it in the original'
+        )
+    if name == optimizer['type']:
+        rule, origin = rule_of(name, data)
+        if not optimizer.get('lr'):
+            refuse(
+                'optim_wrapper.optimizer of the config has no lr to start '
+                'from: write one'
+            )
+        lr = optimizer['lr'] * rule(batch.size) / rule(batch.base)
+        change: Dict[str, Any] = dict(lr=rounded(lr))
+        reason = (
+            f'learning rate {optimizer["lr"]:g} -> {change["lr"]:g}: its own '
+            f'at {batch.base}, linear up to {rule.knee}, then x '
+            f'{rule.growth:.3f} per doubling ({origin})'
+        )
+    else:
+        like, options = OPTIONS[name]
+        if like == 'SGD' and 'ADE20K' in data:
+            options = dict(options, weight_decay=5e-4)
+        _, reference = find_rule(like, data)
+        rule = reference or RULES[like, 'COCO']
+        change = dict(
+            _delete_=True, type=name, lr=rounded(rule(batch.size)), **options
+        )
+        paper = like == name and reference is not None
+        reason = (
+            f'{optimizer["type"]} -> {name} with learning rate '
+            f'{change["lr"]:g}: {like}, {rule}'
+            f'{"" if paper else " (not in the paper: try others)"}'
+        )
+    result.diff['optim_wrapper'] = dict(optimizer=change)
+    result.because(reason)
+    # or --auto-scale-lr would scale once more
+    result.diff['auto_scale_lr'] = dict(
+        enable=False, base_batch_size=batch.size
+    )
+
+
+def rule_of(optimizer: str, dataset: str) -> Tuple[LRRule, str]:
+    """How the rate grows, and where that is from."""
+    _, rule = find_rule(optimizer, dataset)
+    if rule is not None:
+        return rule, "the paper's rule"
+    like = 'AdamW' if is_adam(optimizer) else 'SGD'
+    return (
+        find_rule(like, dataset)[1] or RULES[like, 'COCO'],
+        f'as {like}, the paper has no rule for {optimizer} here',
+    )
+
+
+def is_adam(optimizer: str) -> bool:
+    return 'adam' in optimizer.lower() or 'lamb' in optimizer.lower()
+
+
+def rounded(value: float) -> float:
+    return float(f'{value:.4g}')
+
+
+def plan_schedule(
+    result: Plan, cfg: Config, batch: Batch, images: Optional[int]
+) -> Tuple[int, float]:
+    """Length, intervals and schedulers; updates of the warm-up and of all."""
+    schedulers = cfg.get('param_scheduler') or []
+    if isinstance(schedulers, dict):
+        schedulers = [schedulers]
+    schedulers = [plain(cfg, scheduler) for scheduler in schedulers]
+    own = find_warmup(schedulers)
+    adam = is_adam(
+        result.diff['optim_wrapper']['optimizer'].get(
+            'type', cfg.optim_wrapper.optimizer['type']
+        )
+    )
+    if is_iteration_based(cfg.train_cfg):
+        total = plan_iterations(result, cfg, batch)
+        epoch = None
+        wanted = warmup_updates(batch.size)
+        why = "the paper's for segmentation"
+    else:
+        images = images or count_images(cfg.train_dataloader.dataset)
+        iterations = math.ceil(images / (batch.gpus * batch.images_per_gpu))
+        epoch = iterations / batch.accumulation
+        total = cfg.train_cfg.max_epochs * epoch
+        epochs = warmup_epochs(adam, batch.size)
+        wanted = math.ceil(epochs * epoch)
+        why = f"the paper's, {epochs} epoch(s)"
+        result.because(
+            f'schedule kept in epochs: {cfg.train_cfg.max_epochs} of {images} '
+            f'images, {iterations} iterations each'
+        )
+    if own is not None:
+        unit = (
+            epoch
+            if schedulers[own].get('by_epoch', True)
+            else batch.base / batch.size
+        )
+        before = math.ceil(schedulers[own]['end'] * (unit or 0))
+        if before > wanted:
+            wanted, why = before, "the original's, in images"
+    if wanted > total / 4:
+        wanted, why = max(1, int(total / 4)), 'a quarter of the training'
+    result.because(f'warm-up over {wanted} updates: {why}')
+    result.diff['param_scheduler'] = schedule(
+        schedulers, own, batch, wanted, epoch
+    )
+    return wanted, total
+
+
+def is_iteration_based(train_cfg: Dict[str, Any]) -> bool:
+    return 'max_iters' in train_cfg
+
+
+def plain(cfg: Config, value: Dict[str, Any]) -> Dict[str, Any]:
+    """What was written; a ``package::`` base adds the scope that is meant."""
+    value = dict(value)
+    if value.get('_scope_') == cfg.get('default_scope'):
+        value.pop('_scope_', None)
+    return value
+
+
+def find_warmup(schedulers: List[Dict[str, Any]]) -> Optional[int]:
+    """Which scheduler, if any, lets the rate grow from the start."""
+    for index, scheduler in enumerate(schedulers):
+        grows = scheduler.get('start_factor', 0) < scheduler.get(
+            'end_factor', 1
+        )
+        if (
+            scheduler['type'] in WARMUPS
+            and scheduler.get('begin', 0) == 0
+            and 'end' in scheduler
+            and grows
+        ):
+            return index
+    return None
+
+
+def plan_iterations(result: Plan, cfg: Config, batch: Batch) -> int:
+    """The length and the intervals of an iteration-based run; its updates."""
+    scaled = batch.iterations
+    old = cfg.train_cfg
+    new: Dict[str, Any] = dict(max_iters=scaled(old.max_iters))
+    if old.get('val_interval'):
+        new['val_interval'] = scaled(old.val_interval)
+    if old.get('dynamic_intervals'):
+        new['dynamic_intervals'] = [
+            (scaled(start), scaled(interval))
+            for start, interval in old.dynamic_intervals
+        ]
+    result.diff['train_cfg'] = new
+    checkpoint = cfg.get('default_hooks', {}).get('checkpoint') or {}
+    if checkpoint.get('by_epoch') is False and checkpoint.get('interval'):
+        result.diff['default_hooks'] = dict(
+            checkpoint=dict(interval=scaled(checkpoint['interval']))
+        )
+    result.because(
+        f'{old.max_iters} -> {new["max_iters"]} iterations, and all that '
+        'counts in them likewise, so that as many images are seen'
+    )
+    if cfg.get('custom_hooks'):
+        result.because(
+            'custom_hooks are as they were: check iterations in them'
+        )
+    return new['max_iters'] // batch.accumulation
+
+
+def schedule(
+    schedulers: List[Dict[str, Any]],
+    own: Optional[int],
+    batch: Batch,
+    warmup: int,
+    epoch: Optional[float],
+) -> List[Dict[str, Any]]:
+    """The schedulers, with another warm-up and scaled iterations.
+
+    Args:
+        schedulers: The original's.
+        own: Which of them is the warm-up.
+        batch: The new batch.
+        warmup: Updates of the new warm-up.
+        epoch: Updates in an epoch, for runs that count in epochs.
+    """
+    end = warmup * batch.accumulation  # schedulers count iterations
+    result = []
+    for index, old in enumerate(schedulers):
+        new = dict(old)
+        by_epoch = old.get('by_epoch', True)
+        if not by_epoch:
+            for key in set(SPANS) & set(old):
+                new[key] = scaled(old[key], batch)
+        if index == own:
+            if by_epoch and not old.get('convert_to_iter_based'):
+                # whole epochs
+                new['end'] = math.ceil(warmup / (epoch or 1))
+            else:
+                new.update(by_epoch=False, begin=0, end=end)
+                new.pop('convert_to_iter_based', None)
+                new.pop('total_iters', None)
+        elif not by_epoch and 'milestones' not in old and 'end' in old:
+            # what followed the warm-up, or ran beside it, starts after it
+            before = 0 if own is None else schedulers[own]['end']
+            if old.get('begin', 0) in (0, before):
+                new['begin'] = end
+                if 'T_max' in new:
+                    new['T_max'] = new['end'] - end
+        elif by_epoch and own is not None and old.get('begin', 0):
+            first = schedulers[own]
+            if (
+                first.get('by_epoch', True)
+                and old['begin'] == first['end']
+                and not first.get('convert_to_iter_based')
+            ):
+                new['begin'] = math.ceil(warmup / (epoch or 1))
+        result.append(new)
+    if own is None:
+        result.insert(
+            0,
+            dict(
+                type='LinearLR',
+                start_factor=0.001,
+                by_epoch=False,
+                begin=0,
+                end=end,
+            ),
+        )
+    return result
+
+
+def scaled(value: Any, batch: Batch) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [scaled(item, batch) for item in value]
+    return value if value is None else batch.iterations(value)
+
+
+def plan_agvm(
+    result: Plan,
+    cfg: Config,
+    batch: Batch,
+    warmup: int,
+    total: float,
+    dataset: str,
+) -> None:
+    """AGVM's own settings."""
+    interval = measuring_interval(batch.size, dataset)
+    # where that leaves enough to modulate
+    delay = 100 if warmup + 100 <= total / 2 else 0
+    result.diff['optim_wrapper'].update(
+        type=WRAPPERS[cfg.optim_wrapper.get('type', 'OptimWrapper')],
+        constructor='AGVMOptimWrapperConstructor',
+        accumulative_counts=batch.accumulation,
+        interval=interval,
+        ema_decay=0.97,
+        begin=warmup + delay,
+    )
+    result.because(
+        f'AGVM measures every {interval} updates (tau), the first time '
+        f'{delay} after the warm-up, in update {warmup + delay} of '
+        f'{math.ceil(total)}'
+    )
+    hooks = [plain(cfg, hook) for hook in cfg.get('custom_hooks') or []]
+    if not any(hook['type'] == 'AGVMHook' for hook in hooks):
+        result.diff['custom_hooks'] = [*hooks, dict(type='AGVMHook')]
+    imports = (cfg.get('custom_imports') or {}).get('imports', [])
+    imports = [imports] if isinstance(imports, str) else list(imports)
+    if 'mmagvm' not in imports:
+        result.diff['custom_imports'] = dict(
+            imports=[*imports, 'mmagvm'], allow_failed_imports=False
+        )
+
+
+# -- writing
+
+
+def default_out(name: str, batch: Batch, optimizer: Optional[str]) -> Path:
+    stem = Path(name.split('::')[-1]).stem
+    accumulated = f'x{batch.accumulation}' if batch.accumulation > 1 else ''
+    suffix = f'-agvm-{optimizer.lower()}' if optimizer else '-agvm'
+    return Path(
+        f'{stem}_{batch.gpus}xb{batch.images_per_gpu}{accumulated}{suffix}.py'
+    )
+
+
+def write(out: Path, name: str, result: Plan) -> None:
+    if out.exists() and not out.read_text().startswith(HEADER):
+        refuse(
+            f'{out} is there and was not made by this tool: name another with '
+            '--out'
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    base = name
+    if '::' not in name:
+        base = Path(os.path.relpath(name, out.parent)).as_posix()
+    reasons = ''.join(f'# - {reason}\n' for reason in result.reasons)
+    body = Config(result.diff).pretty_text
+    out.write_text(f'{HEADER}{reasons}_base_ = [{base!r}]\n{body}')
+
+
+def verify(out: Path, result: Plan, model: nn.Module) -> List[str]:
+    """Load what was written and build its optimizer; the modules found."""
+    cfg = Config.fromfile(out)
+    compare(cfg.to_dict(), result.diff, '')
+    settings = cfg.optim_wrapper
+    if settings.type == 'AGVMAmpOptimWrapper':  # which needs a GPU
+        settings.type = 'AGVMOptimWrapper'
+        for key in ('loss_scale', 'dtype', 'use_fsdp'):
+            settings.pop(key, None)
+    try:
+        wrapper = build_optim_wrapper(model, settings)
+    except (ImportError, TypeError, ValueError) as error:
+        out.unlink()
+        return refuse(
+            f'with AGVM the config could not be used: {one_line(error)}'
+        )
+    return list(wrapper.modulator.modules)
+
+
+def compare(loaded: Any, wanted: Any, where: str) -> None:
+    """Raise if a value of ``wanted`` did not survive writing."""
+    if isinstance(wanted, dict):
+        for key, value in wanted.items():
+            if key != '_delete_':
+                compare(loaded[key], value, f'{where}.{key}')
+    elif isinstance(wanted, (list, tuple)):
+        assert len(loaded) == len(wanted), where
+        for index, (ours, theirs) in enumerate(zip(loaded, wanted)):
+            compare(ours, theirs, f'{where}[{index}]')
+    else:
+        assert loaded == wanted, f'{where}: {loaded!r} instead of {wanted!r}'
+
+
+def advise_norm(model: nn.Module, batch: Batch) -> List[str]:
+    """What to do about batch norm, which no tool can decide."""
+    snippet = (
+        "norm_cfg=dict(type='SyncBN', requires_grad=True), norm_eval=False"
+    )
+    advice = []
+    for name in useless_sync_bn(model):
+        advice.append(
+            f'{name} has synchronized norm layers that norm_eval=True '
+            'switches off: set norm_eval=False in it'
+        )
+    for name, module in model.named_children():
+        layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+        kinds = {type(layer).__name__ for layer in layers}
+        if not layers or any('Sync' in k or k == 'CGBN' for k in kinds):
+            continue
+        advice.append(
+            f'{name} has {len(layers)} batch norm layers, '
+            + (
+                'fixed by norm_eval=True; the paper trains them, with'
+                if getattr(module, 'norm_eval', False)
+                else f'whose statistics see the {batch.images_per_gpu} '
+                'images of one GPU; the paper synchronizes them, with'
+            )
+            + f" {snippet} (or type='CGBN', bn_size=16 or 32, for groups of "
+            'GPUs)'
+        )
+    return advice
+
+
+def main() -> None:
+    args = parse_args()
+    warnings.filterwarnings('ignore')  # of the hosts, about themselves
+    MMLogger.get_instance('mmengine', log_level='ERROR')
+    cfg = load(args.config)
+    check(cfg)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    result, batch = plan(cfg, args)
+    model = build_model(cfg)
+    out = args.out or default_out(args.config, batch, args.optimizer)
+    write(out, args.config, result)
+    modules = verify(out, result, model)
+    print(f'{out}, with {args.config} as its base:')
+    for line in (
+        *result.reasons,
+        f'modules that AGVM tells apart: {", ".join(modules)}',
+        *advise_norm(model, batch),
+    ):
+        print(f'- {line}')
+
+
+if __name__ == '__main__':
+    main()
