@@ -7,45 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, HOOKS, MODELS
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
-from toy import MODULES, ToyDetector, wrapper_cfg
+from toy import MODULES
+from toy_runner import ITERATIONS, toy_cfg
 
 from mmagvm.hook import useless_sync_bn
-
-ITERATIONS = 8
-
-
-@MODELS.register_module()
-class ToyModel(BaseModel):
-    """ToyDetector as the Runner wants it."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        for name, child in ToyDetector().named_children():
-            self.add_module(name, child)
-        self.scale = nn.Parameter(torch.ones(1))
-        self.idle_head = False
-
-    def forward(self, inputs, mode='loss'):
-        return dict(loss=ToyDetector.forward(self, inputs))
-
-
-@DATASETS.register_module()
-class ToyDataset(torch.utils.data.Dataset):
-    """Inputs that depend on their index alone."""
-
-    def __len__(self):
-        return 4 * ITERATIONS
-
-    def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
-        return dict(inputs=torch.randn(6, generator=generator))
 
 
 @HOOKS.register_module()
@@ -55,43 +24,6 @@ class PowerCut(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if runner.epoch == 1 and batch_idx == 3:
             raise RuntimeError('power cut')
-
-
-def toy_cfg(work_dir, optimizer='SGD', max_epochs=2, **settings):
-    settings = {
-        **dict(accumulative_counts=2, interval=1, ema_decay=0.5, begin=1),
-        **settings,
-    }
-    return Config(
-        dict(
-            model=dict(type='ToyModel'),
-            work_dir=str(work_dir),
-            train_dataloader=dict(
-                batch_size=4,
-                num_workers=0,
-                sampler=dict(type='DefaultSampler', shuffle=True),
-                collate_fn=dict(type='default_collate'),
-                dataset=dict(type='ToyDataset'),
-            ),
-            train_cfg=dict(by_epoch=True, max_epochs=max_epochs),
-            optim_wrapper=wrapper_cfg(optimizer, **settings),
-            param_scheduler=[
-                dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=5),
-                dict(type='MultiStepLR', by_epoch=True, milestones=[1]),
-            ],
-            custom_hooks=[dict(type='AGVMHook')],
-            default_hooks=dict(
-                logger=dict(type='LoggerHook', interval=1),
-                checkpoint=dict(type='CheckpointHook', interval=1),
-            ),
-            visualizer=dict(
-                type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]
-            ),
-            randomness=dict(seed=0),
-            # MMEngine keeps one visualizer per name for the whole process
-            experiment_name=str(work_dir).replace('/', '_'),
-        )
-    )
 
 
 def run(cfg):

@@ -4,12 +4,22 @@ import argparse
 import datetime
 import os
 import os.path as osp
+from typing import Optional
 
 import mmengine
 import torch
 import torch.distributed as dist
+from join_utils import (
+    deadline,
+    launcher_store,
+    restarts,
+    timeout_seconds,
+    wait_for_ranks,
+)
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.dist import get_comm_device, init_dist
+from mmengine.utils.dl_utils import set_multi_processing
 
 import mmagvm  # noqa: F401  registers AGVM, lets torch >= 2.6 load checkpoints
 
@@ -54,24 +64,60 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def use_cpu_where_no_gpu(cfg: Config) -> None:
-    """Let ranks meet over gloo where MMEngine would need a GPU for each.
+def join_ranks(cfg: Config) -> None:
+    """Make the process group, and see that its ranks reach each other.
+
+    MMEngine would make it later, without a word on what to check when a rank
+    does not come. Every rank ends with such a message within TIMEOUT seconds.
+    """
+    if cfg.launcher == 'none':
+        return
+    if cfg.launcher != 'pytorch' and get_device() == 'cpu':
+        raise SystemExit(
+            f'--launcher {cfg.launcher} needs a GPU for each '
+            'rank, and this machine has none: use pytorch'
+        )
+    seconds = timeout_seconds()
+    with deadline(
+        seconds, f'The ranks did not reach each other within {seconds} seconds'
+    ):
+        store = launcher_store(seconds)
+        if store is not None:
+            # not all of the time, so that there is some to ask who is missing
+            wait_for_ranks(store, 0.9 * seconds)
+        init_process_group(cfg, store)
+        met = torch.ones(1, device=get_comm_device())
+        dist.all_reduce(met)
+        met.item()  # waits for the GPU
+
+
+def init_process_group(cfg: Config, store: Optional[dist.Store]) -> None:
+    """MMEngine's process group, or one over gloo where there is no GPU.
 
     ``mmengine.dist.init_dist`` and the default model wrapper both select a
     CUDA device. Without one the process group is made here, with the timeout
     of ``env_cfg.dist_cfg``, and the model is wrapped without device.
     """
-    if cfg.launcher == 'none' or get_device() != 'cpu':
-        return
-    if cfg.launcher != 'pytorch':
-        raise SystemExit(
-            f'--launcher {cfg.launcher} needs a GPU for each '
-            'rank, and this machine has none: use pytorch'
+    env_cfg = cfg.get('env_cfg', {})
+    dist_cfg = {'timeout': 1800, **env_cfg.get('dist_cfg', {})}
+    timeout = datetime.timedelta(seconds=dist_cfg['timeout'])
+    group = {}
+    if store is not None and get_device() in ('cpu', 'cuda'):
+        # or ranks that were restarted would find in the store, which torchrun
+        # keeps, the addresses of those that died
+        store = dist.PrefixStore(f'group {restarts()}', store)
+        store.set_timeout(timeout)
+        group = dict(
+            store=store,
+            rank=int(os.environ['RANK']),
+            world_size=int(os.environ['WORLD_SIZE']),
         )
-    timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800)
-    dist.init_process_group(
-        'gloo', timeout=datetime.timedelta(seconds=timeout)
-    )
+    if get_device() != 'cpu':
+        # as the Runner does, which finds both done
+        set_multi_processing(**env_cfg.get('mp_cfg', {}), distributed=True)
+        init_dist(cfg.launcher, **dist_cfg, **group)
+        return
+    dist.init_process_group('gloo', timeout=timeout, **group)
     wrapper = dict(
         type='MMDistributedDataParallel',
         broadcast_buffers=False,

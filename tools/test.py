@@ -3,8 +3,8 @@
 from launch_utils import (
     build_runner,
     common_parser,
+    join_ranks,
     load_config,
-    use_cpu_where_no_gpu,
 )
 from mmengine.config import Config
 
@@ -70,7 +70,7 @@ def main():
         enable_visualization(cfg, args)
     if args.out is not None:
         dump_predictions(cfg, args.out)
-    use_cpu_where_no_gpu(cfg)
+    join_ranks(cfg)
     build_runner(cfg).test()
 
 

@@ -3,10 +3,11 @@
 from launch_utils import (
     build_runner,
     common_parser,
+    join_ranks,
     load_config,
-    use_cpu_where_no_gpu,
 )
 from mmengine.config import Config
+from resume_utils import choose_checkpoint
 
 
 def parse_args():
@@ -15,8 +16,8 @@ def parse_args():
         '--resume',
         nargs='?',
         const='auto',
-        help='resume from this checkpoint, or from the latest in the work '
-        'dir if none is named',
+        help='resume from this checkpoint, or from the newest readable one in '
+        'the work dir if none is named',
     )
     parser.add_argument(
         '--amp', action='store_true', help='train in mixed precision'
@@ -66,11 +67,12 @@ def main():
         enable_amp(cfg)
     if args.auto_scale_lr:
         enable_auto_scale_lr(cfg)
-    if args.resume is not None:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
-    use_cpu_where_no_gpu(cfg)
-    build_runner(cfg).train()
+    join_ranks(cfg)
+    note = choose_checkpoint(cfg, args.resume)
+    runner = build_runner(cfg)
+    if note:
+        runner.logger.warning(note)
+    runner.train()
 
 
 if __name__ == '__main__':

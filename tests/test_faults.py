@@ -1,0 +1,360 @@
+"""Faults of machines, files and networks, each caused for real."""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy_runner import toy_cfg
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / 'tools'))
+
+from resume_utils import choose, damage  # noqa: E402
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(('', 0))
+        return str(sock.getsockname()[1])
+
+
+def start(*args, **env):
+    """Start a command in the project's root, on the CPU."""
+    paths = [str(ROOT), str(ROOT / 'tests'), str(ROOT / 'tools')]
+    return subprocess.Popen(
+        [str(arg) for arg in args],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            'PORT': free_port(),
+            'CUDA_VISIBLE_DEVICES': '-1',
+            'OMP_NUM_THREADS': '1',
+            'PYTHONPATH': ':'.join(paths),
+            **env,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # so that a hang can be ended with all its ranks
+        start_new_session=True,
+    )
+
+
+def finish(process, code=0):
+    """What a command printed; it must end, with this exit status."""
+    try:
+        output, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == code, output[-5000:]
+    return output
+
+
+def run(*args, code=0, **env):
+    return finish(start(*args, **env), code)
+
+
+def write_config(work_dir, **settings):
+    """A config file of the toy for two ranks; without AGVM's accumulation."""
+    settings = dict(accumulative_counts=1, **settings)
+    cfg = toy_cfg(work_dir, **settings)
+    cfg.custom_imports = dict(imports=['mmagvm', 'toy_runner'])
+    cfg.pop('experiment_name')
+    path = Path(f'{work_dir}.py')
+    cfg.dump(path)
+    return path
+
+
+def train(config, *args, ranks=2, **env):
+    if ranks == 1:
+        return run(sys.executable, 'tools/train.py', config, *args, **env)
+    return run('bash', 'tools/dist_train.sh', config, ranks, *args, **env)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """The work dir of two epochs on two ranks, never interrupted."""
+    work_dir = tmp_path_factory.mktemp('whole') / 'run'
+    train(write_config(work_dir))
+    return work_dir
+
+
+@pytest.fixture
+def work_dir(whole, tmp_path):
+    """A copy of it, to damage."""
+    copy = shutil.copytree(whole, tmp_path / 'run')
+    (copy / 'last_checkpoint').write_text(str(copy / 'epoch_2.pth'))
+    return copy
+
+
+def assert_equal(ours, other, path=''):
+    """Two checkpoints' parts, down to the bits of their tensors."""
+    assert type(ours) is type(other), path
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, other), path
+    elif isinstance(ours, dict):
+        assert ours.keys() == other.keys(), path
+        for key, value in ours.items():
+            assert_equal(value, other[key], f'{path}.{key}')
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(other), path
+        for i, (value, its) in enumerate(zip(ours, other)):
+            assert_equal(value, its, f'{path}[{i}]')
+    else:
+        assert ours == other, path
+
+
+def assert_same_training(work_dir, whole):
+    ours, other = (
+        torch.load(folder / 'epoch_2.pth') for folder in (work_dir, whole)
+    )
+    assert ours['optimizer']['agvm']['measured'] > 0
+    for part in ('state_dict', 'optimizer', 'param_schedulers'):
+        assert_equal(ours[part], other[part], part)
+
+
+# -- a rank is killed
+
+
+@pytest.mark.parametrize('stale', [False, True])
+def test_killed_rank_is_restarted_and_resumes(whole, tmp_path, stale):
+    """By itself, from its own last checkpoint, to the same bits."""
+    work_dir = tmp_path / 'run'
+    if stale:  # of a run that got further: not to be picked up
+        work_dir.mkdir()
+        shutil.copy(whole / 'epoch_1.pth', work_dir / 'epoch_9.pth')
+        (work_dir / 'last_checkpoint').write_text(f'{work_dir}/epoch_9.pth')
+    config = write_config(work_dir)
+    hook = "\ncustom_hooks.append(dict(type='KillRank'))\n"
+    config.write_text(config.read_text() + hook)
+    output = train(config, MAX_RESTARTS='1')
+    assert 'Signal 9 (SIGKILL)' in output or 'exitcode: -9' in output
+    assert f'resume: from {work_dir}/epoch_1.pth (restart 1)' in output
+    assert output.count('Epoch(train) [1][8/8]') == 1
+    assert_same_training(work_dir, whole)
+
+
+def test_restart_with_nothing_saved_starts_from_the_beginning(whole, tmp_path):
+    config = write_config(tmp_path / 'run')
+    text = config.read_text() + "\ncustom_hooks.append(dict(type='KillRank'))"
+    config.write_text(f'{text}\ndefault_hooks.checkpoint.interval = 2\n')
+    output = train(config, MAX_RESTARTS='1')
+    assert 'nothing was saved since launch' in output
+    assert 'from the beginning (restart 1)' in output
+    assert_same_training(tmp_path / 'run', whole)
+
+
+# -- a checkpoint is damaged
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_bit(path, position=None):
+    data = bytearray(path.read_bytes())
+    data[position or len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path):
+    path.write_bytes(b'')
+
+
+DAMAGES = [truncate, flip_bit, empty]
+
+
+@pytest.mark.parametrize('spoil', DAMAGES)
+def test_damaged_checkpoint_is_passed_over(work_dir, spoil):
+    spoil(work_dir / 'epoch_2.pth')
+    path, note, error = choose(str(work_dir), 'auto')
+    assert path == str(work_dir / 'epoch_1.pth') and not error
+    assert f'newest checkpoint {work_dir}/epoch_2.pth is damaged' in note
+    assert note.endswith(f'the one before it, {work_dir}/epoch_1.pth')
+
+
+@pytest.mark.parametrize('spoil', DAMAGES)
+def test_no_readable_checkpoint_is_an_error(work_dir, spoil):
+    spoil(work_dir / 'epoch_2.pth')
+    spoil(work_dir / 'epoch_1.pth')
+    path, _, error = choose(str(work_dir), 'auto')
+    assert path is None
+    assert f'{work_dir}/epoch_2.pth is damaged' in error
+    assert 'name another with --resume PATH' in error
+
+
+def test_flipped_bits_are_found(whole, tmp_path):
+    """Wherever a bit flips, it is noticed or changes nothing."""
+    path, found = tmp_path / 'epoch_1.pth', 0
+    good = torch.load(whole / 'epoch_1.pth')
+    size = (whole / 'epoch_1.pth').stat().st_size
+    for position in random.Random(0).sample(range(size), 300):
+        shutil.copy(whole / 'epoch_1.pth', path)
+        flip_bit(path, position)
+        if damage(path):
+            found += 1
+            continue
+        ours = torch.load(path)
+        for part in ('state_dict', 'optimizer', 'meta'):
+            assert_equal(ours[part], good[part], f'{position}: {part}')
+    assert found > 30
+
+
+def test_last_checkpoint_file_is_damaged_or_moved(work_dir, tmp_path):
+    newest = str(work_dir / 'epoch_2.pth')
+    for text in ('', '/moved/from/epoch_2.pth', '\x00\x01'):
+        (work_dir / 'last_checkpoint').write_text(text)
+        assert choose(str(work_dir), 'auto').path == newest
+    (work_dir / 'last_checkpoint').unlink()
+    assert choose(str(work_dir), 'auto').path == newest
+    path, note, _ = choose(str(tmp_path / 'nowhere'), 'auto')
+    assert path is None and 'starts from the beginning' in note
+
+
+def test_resumed_run_passes_a_damaged_checkpoint_over(work_dir, whole):
+    truncate(work_dir / 'epoch_2.pth')
+    output = train(write_config(work_dir), '--resume')
+    assert f'{work_dir}/epoch_2.pth is damaged' in output
+    assert_same_training(work_dir, whole)
+
+
+def test_named_damaged_checkpoint_is_refused(work_dir):
+    flip_bit(work_dir / 'epoch_2.pth')
+    output = train(
+        write_config(work_dir),
+        *('--resume', work_dir / 'epoch_2.pth'),
+        code=1,
+    )
+    assert output.count(f'--resume {work_dir}/epoch_2.pth: is damaged') == 1
+    assert f'before it is {work_dir}/epoch_1.pth' in output
+    assert 'Traceback' not in output and 'Epoch(train)' not in output
+
+
+# -- another world size and accumulation
+
+
+def test_checkpoint_of_two_ranks_goes_on_with_one(work_dir):
+    output = train(
+        write_config(work_dir, max_epochs=3),
+        *('--resume', '--cfg-options', 'optim_wrapper.accumulative_counts=2'),
+        ranks=1,
+    )
+    assert "'ranks': 2, 'images_per_rank': 4, 'accumulative_counts': 1" in (
+        output
+    )
+    assert 'lr_scale goes on from where it was' in output
+    before, after = (
+        torch.load(work_dir / f'epoch_{epoch}.pth')['optimizer']['agvm']
+        for epoch in (2, 3)
+    )
+    assert after['measured'] > before['measured'] > 0
+
+
+# -- nodes and ranks that do not meet
+
+
+@pytest.fixture(scope='module')
+def lonely_nodes():
+    """What one node of two tells that the other does not meet, by case."""
+    mute = socket.socket()  # accepts connections and never answers
+    mute.bind(('127.0.0.1', 0))
+    mute.listen()
+    nobody = dict(NODE_RANK='1', MASTER_ADDR='no-such-host.invalid')
+    cases = {
+        'node 1 never comes': dict(NODE_RANK='0'),
+        'nobody listens': dict(NODE_RANK='1'),
+        'no such host': nobody,
+        'no such host, seen from node 0': dict(nobody, NODE_RANK='0'),
+        'another program listens': dict(
+            NODE_RANK='1', PORT=str(mute.getsockname()[1])
+        ),
+    }
+    nodes = {
+        name: start(
+            *('bash', 'tools/dist_train.sh', 'config.py', '1'),
+            **dict(NNODES='2', TIMEOUT='5', **env),
+        )
+        for name, env in cases.items()
+    }
+    yield {name: finish(node, code=1) for name, node in nodes.items()}
+    mute.close()
+
+
+@pytest.mark.parametrize(
+    'case, named',
+    [
+        ('node 1 never comes', 'NNODES=2 and NODE_RANK=0'),
+        ('nobody listens', 'MASTER_ADDR=127.0.0.1 is node 0'),
+        ('no such host', 'MASTER_ADDR=no-such-host.invalid'),
+        ('no such host, seen from node 0', 'MASTER_ADDR=no-such-host.inv'),
+        ('another program listens', 'nothing else uses PORT='),
+    ],
+)
+def test_lonely_node_tells_what_to_check(lonely_nodes, case, named):
+    output = lonely_nodes[case]
+    assert 'the nodes did not meet within 5 seconds' in output
+    assert named in output
+    for name in ('firewall', 'NCCL_SOCKET_IFNAME', 'TIMEOUT=5'):
+        assert name in output
+    assert 'Traceback' not in output
+
+
+def test_rank_that_never_joins_is_named(tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text("""
+import os
+import time
+
+if os.environ['RANK'] == '1':
+    time.sleep(1000)
+""")
+    output = train(config, TIMEOUT='5', code=1)
+    assert '1 of 2 ranks did not come within TIMEOUT=5 seconds: rank 1' in (
+        output
+    )
+    assert 'no rank has stopped or hangs' in output
+    assert 'Traceback' not in output
+
+
+def test_rank_that_hangs_in_the_first_collective(tmp_path):
+    """It came, and then does not take part: the others end all the same."""
+    script = tmp_path / 'script.py'
+    script.write_text("""
+import contextlib
+import os
+import time
+
+import launch_utils
+from mmengine.config import Config
+
+if os.environ['RANK'] == '1':
+    launch_utils.init_process_group = lambda *args: time.sleep(1000)
+    launch_utils.deadline = lambda *args: contextlib.nullcontext()
+launch_utils.join_ranks(Config(dict(launcher='pytorch')))
+""")
+    output = run(
+        *(sys.executable, 'tools/dist_run.py', '--nproc_per_node=2', script),
+        code=1,
+        TIMEOUT='8',
+    )
+    assert 'The ranks did not reach each other within 8 seconds' in output
+    assert 'GLOO_SOCKET_IFNAME' in output and 'Traceback' not in output
+
+
+def test_bad_timeout_is_refused():
+    for timeout in ('soon', '-1', '0', '1.5'):
+        output = run(
+            *('bash', 'tools/dist_train.sh', 'config.py', '1'),
+            code=1,
+            TIMEOUT=timeout,
+        )
+        assert f'TIMEOUT={timeout}: the seconds' in output
+        assert 'Traceback' not in output

@@ -1,0 +1,94 @@
+"""The toy as MMEngine's Runner trains it; configs can import this module."""
+
+import os
+import signal
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, HOOKS, MODELS
+from torch import nn
+from toy import ToyDetector, wrapper_cfg
+
+ITERATIONS = 8
+
+
+@MODELS.register_module()
+class ToyModel(BaseModel):
+    """ToyDetector as the Runner wants it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        for name, child in ToyDetector().named_children():
+            self.add_module(name, child)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.idle_head = False
+
+    def forward(self, inputs, mode='loss'):
+        return dict(loss=ToyDetector.forward(self, inputs))
+
+
+@DATASETS.register_module()
+class ToyDataset(torch.utils.data.Dataset):
+    """Inputs that depend on their index alone."""
+
+    def __len__(self):
+        return 4 * ITERATIONS
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return dict(inputs=torch.randn(6, generator=generator))
+
+
+@HOOKS.register_module()
+class KillRank(Hook):
+    """SIGKILLs the last rank in the backward of an update, but only once."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if (runner.epoch, batch_idx, get_rank()) == (1, 3, 1) and os.environ[
+            'TORCHELASTIC_RESTART_COUNT'
+        ] == '0':
+            weight = next(runner.model.parameters())
+            weight.register_hook(
+                lambda gradient: os.kill(os.getpid(), signal.SIGKILL)
+            )
+
+
+def toy_cfg(work_dir, optimizer='SGD', max_epochs=2, **settings):
+    settings = {
+        **dict(accumulative_counts=2, interval=1, ema_decay=0.5, begin=1),
+        **settings,
+    }
+    return Config(
+        dict(
+            model=dict(type='ToyModel'),
+            work_dir=str(work_dir),
+            train_dataloader=dict(
+                batch_size=4,
+                num_workers=0,
+                sampler=dict(type='DefaultSampler', shuffle=True),
+                collate_fn=dict(type='default_collate'),
+                dataset=dict(type='ToyDataset'),
+            ),
+            train_cfg=dict(by_epoch=True, max_epochs=max_epochs),
+            optim_wrapper=wrapper_cfg(optimizer, **settings),
+            param_scheduler=[
+                dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=5),
+                dict(type='MultiStepLR', by_epoch=True, milestones=[1]),
+            ],
+            custom_hooks=[dict(type='AGVMHook')],
+            default_hooks=dict(
+                logger=dict(type='LoggerHook', interval=1),
+                checkpoint=dict(type='CheckpointHook', interval=1),
+            ),
+            visualizer=dict(
+                type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]
+            ),
+            randomness=dict(seed=0),
+            # MMEngine keeps one visualizer per name for the whole process
+            experiment_name=str(work_dir).replace('/', '_'),
+        )
+    )

@@ -1,0 +1,47 @@
+"""torchrun, that ends in time and says what to check if nodes do not meet.
+
+Takes torchrun's arguments; dist_train.sh and dist_test.sh run it.
+"""
+
+import os
+import sys
+
+import torch.distributed as dist
+from join_utils import deadline, timeout_seconds, what_to_check
+from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+
+def bound_rendezvous(seconds: int) -> None:
+    """Give torchrun's nodes so long to meet.
+
+    Its own timeout (``--rdzv-conf``) does not cover a server that accepts a
+    connection and never answers, such as another program at MASTER_ADDR:PORT.
+    """
+    rendezvous = SimpleElasticAgent._rendezvous
+
+    def bounded(agent, worker_group):
+        here = f'Seen from node {os.environ.get("NODE_RANK", 0)}, the nodes '
+        with deadline(seconds, f'{here}did not meet within {seconds} seconds'):
+            try:
+                return rendezvous(agent, worker_group)
+            except dist.DistError as error:
+                raise SystemExit(
+                    what_to_check(f'{here}cannot meet: {error}')
+                ) from None
+
+    SimpleElasticAgent._rendezvous = bounded
+
+
+def main() -> None:
+    bound_rendezvous(timeout_seconds())
+    try:
+        torchrun(sys.argv[1:])
+    except ChildFailedError as error:
+        # the ranks have told what was wrong; this tells which one was first
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == '__main__':
+    main()

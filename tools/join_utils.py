@@ -1,0 +1,112 @@
+"""How nodes and ranks meet: within a time, or with what to check."""
+
+import os
+import sys
+import threading
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Iterator, List, Optional
+
+import torch.distributed as dist
+
+#: Seconds that nodes and ranks wait for each other.
+DEFAULT_TIMEOUT = 600
+
+
+def timeout_seconds() -> int:
+    """The environment's TIMEOUT."""
+    text = os.environ.get('TIMEOUT') or str(DEFAULT_TIMEOUT)
+    if not text.isdecimal() or int(text) == 0:
+        raise SystemExit(
+            f'TIMEOUT={text}: the seconds that nodes and ranks wait for each '
+            'other, a whole number from 1'
+        )
+    return int(text)
+
+
+def what_to_check(happened: str) -> str:
+    """A message of what happened and what may be the cause."""
+    env = os.environ
+    addr = env.get('MASTER_ADDR', '127.0.0.1')
+    port = env.get('MASTER_PORT') or env.get('PORT', '29500')
+    return f"""
+{happened}
+Check that
+- the same command runs on every node, with the same NNODES, MASTER_ADDR, PORT
+  and number of GPUs, and each with its own NODE_RANK, counted from 0: here
+  NNODES={env.get('NNODES', 1)} and NODE_RANK={env.get('NODE_RANK', 0)};
+- MASTER_ADDR={addr} is node 0, by a name that every node resolves;
+- nothing else uses PORT={port} on node 0, and no firewall closes it or the
+  other ports between the nodes;
+- NCCL_SOCKET_IFNAME, or GLOO_SOCKET_IFNAME without GPUs, names the network
+  interface that joins the nodes, where they have several;
+- no rank has stopped or hangs: its own output tells why;
+- TIMEOUT={timeout_seconds()} seconds is more than nodes start apart.
+"""
+
+
+@contextmanager
+def deadline(seconds: float, happened: str) -> Iterator[None]:
+    """End the process, saying what to check, if the block takes longer.
+
+    A thread does it, since a call that hangs in C++ sees no exception and
+    no Python signal handler.
+    """
+
+    def give_up() -> None:
+        sys.stderr.write(what_to_check(happened))
+        sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def launcher_store(seconds: float) -> Optional[dist.Store]:
+    """The store of torchrun, which outlives a restart of the ranks.
+
+    None under any other launcher.
+    """
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return None
+    store = dist.TCPStore(
+        os.environ['MASTER_ADDR'],
+        int(os.environ['MASTER_PORT']),
+        is_master=False,
+        timeout=timedelta(seconds=seconds),
+    )
+    return dist.PrefixStore('mmagvm', store)
+
+
+def restarts() -> int:
+    """How often torchrun has restarted the ranks of this run."""
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+
+
+def wait_for_ranks(store: dist.Store, seconds: float) -> None:
+    """Return once every rank has come here, or exit naming who has not."""
+    ranks = [
+        f'{restarts()}/rank {rank}'
+        for rank in range(int(os.environ['WORLD_SIZE']))
+    ]
+    store.set(ranks[int(os.environ['RANK'])], 'here')
+    try:
+        store.wait(ranks, timedelta(seconds=seconds))
+    except dist.DistError:
+        missing = [key for key in ranks if not store.check([key])]
+        raise SystemExit(
+            what_to_check(
+                f'{len(missing)} of {len(ranks)} ranks did not come within '
+                f'TIMEOUT={timeout_seconds()} seconds: {_names(missing)}'
+            )
+        ) from None
+
+
+def _names(keys: List[str]) -> str:
+    names = [key.partition('/')[2] for key in keys]
+    return ', '.join(names[:8]) + (', ...' if len(names) > 8 else '')
