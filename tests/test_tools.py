@@ -287,21 +287,25 @@ def test_launcher_tells_its_usage(script):
 
 
 def test_launcher_passes_the_conventions_on(tmp_path):
-    """NNODES, NODE_RANK, MASTER_ADDR, PORT and arguments reach torchrun."""
-    torchrun = tmp_path / 'torchrun'
-    torchrun.write_text('#!/bin/sh\necho "$@"\n')
-    torchrun.chmod(0o755)
+    """The environment and the arguments reach torchrun."""
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
     done = command(
         *('bash', 'tools/dist_train.sh', 'config.py', '8', '--amp'),
         PATH=f'{tmp_path}:{os.environ["PATH"]}',
         **dict(NNODES='4', NODE_RANK='3', MASTER_ADDR='node0', PORT='1234'),
+        **dict(MAX_RESTARTS='2', TIMEOUT='30'),
     )
     assert done.stdout.split() == [
+        'tools/dist_run.py',
         '--nnodes=4',
         '--node_rank=3',
         '--master_addr=node0',
         '--master_port=1234',
         '--nproc_per_node=8',
+        '--max_restarts=2',
+        '--rdzv_conf=timeout=30',
         'tools/train.py',
         'config.py',
         *('--launcher', 'pytorch', '--amp'),
