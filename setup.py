@@ -30,6 +30,7 @@ setup(
     install_requires=requirements('runtime'),
     extras_require={
         'openmmlab': requirements('openmmlab'),
+        'onedl': requirements('onedl'),
         'tools': requirements('tools'),
         'tests': requirements('tests'),
     },
