@@ -5,7 +5,7 @@ mmdet nor mmseg is imported.
 """
 
 from .amp_optim_wrapper import AGVMAmpOptimWrapper
-from .compat import allow_checkpoints, check_versions
+from .compat import allow_checkpoints, check_versions, find_mmseg_bases
 from .hook import AGVMHook
 from .lr_scaling import RULES, LRRule, find_rule
 from .optim_wrapper import AGVMOptimWrapper
@@ -14,6 +14,7 @@ from .version import __version__
 
 check_versions()
 allow_checkpoints()
+find_mmseg_bases()
 
 __all__ = [
     'AGVMAmpOptimWrapper',

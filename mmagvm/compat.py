@@ -1,5 +1,7 @@
 """What the hosting MMEngine and torch must have, checked and mended."""
 
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pickle import UnpicklingError
 from typing import Any, Callable
 
@@ -10,9 +12,10 @@ try:
 except ImportError as error:
     raise ImportError(
         'mmagvm needs MMEngine, which comes with OpenMMLab or with its onedl '
-        "fork: pip install 'mmagvm[openmmlab]'"
+        "fork: pip install 'mmagvm[openmmlab]' or 'mmagvm[onedl]'"
     ) from error
 import numpy as np
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import digit_version
 
@@ -24,15 +27,28 @@ STATISTICS = ('min', 'max', 'current', 'mean')
 
 def check_versions() -> None:
     """Raise ImportError if the host is older than what was developed for."""
-    for name, version, minimum in (
+    for name, installed, minimum in (
         ('mmengine', mmengine.__version__, MMENGINE_MINIMUM),
         ('torch', torch.__version__, TORCH_MINIMUM),
     ):
-        if digit_version(version) < digit_version(minimum):
+        if digit_version(installed) < digit_version(minimum):
             raise ImportError(
                 f'mmagvm needs {name} >= {minimum}, but '
-                f'{version} is installed: upgrade {name}'
+                f'{installed} is installed: upgrade {name}'
             )
+
+
+def find_mmseg_bases() -> None:
+    """Let ``mmseg::`` bases be found in the onedl fork, as upstream's are.
+
+    MMEngine looks up where the package mmsegmentation lies, and the fork's
+    has another name. That of the module serves as well.
+    """
+    try:
+        version('mmsegmentation')
+    except PackageNotFoundError:
+        if find_spec('mmseg') is not None:
+            MODULE2PACKAGE['mmseg'] = 'mmseg'
 
 
 def allow_checkpoints() -> None:

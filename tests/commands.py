@@ -43,7 +43,7 @@ def start(*args, **env):
 def finish(process, code=0):
     """What a command printed; it must end, with this exit status."""
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=500)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
