@@ -30,7 +30,7 @@ def start(*args, **env):
             'CUDA_VISIBLE_DEVICES': '-1',
             'OMP_NUM_THREADS': '1',
             'PYTHONPATH': ':'.join(paths),
-            **env,
+            **{name: str(value) for name, value in env.items()},
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -81,12 +81,14 @@ class Network:
 
     def start(self, *args: object, **env: str) -> list:
         """Start a command on every node, as a user does on a cluster."""
+        common = dict(
+            NNODES=str(len(self.nodes)),
+            MASTER_ADDR=self.address(0),
+            PORT='29500',
+            GLOO_SOCKET_IFNAME=self.INTERFACE,
+            **env,
+        )
         return [
-            start(
-                *('ip', 'netns', 'exec', name, *args),
-                **dict(NNODES=str(len(self.nodes)), NODE_RANK=str(node)),
-                **dict(MASTER_ADDR=self.address(0)),
-                **{**dict(GLOO_SOCKET_IFNAME=self.INTERFACE), **env},
-            )
+            start('ip', 'netns', 'exec', name, *args, **common, NODE_RANK=node)
             for node, name in enumerate(self.nodes)
         ]

@@ -1,6 +1,8 @@
 """Several nodes, in network namespaces of one machine."""
 
 import json
+import os
+import signal
 
 import network
 import pytest
@@ -26,7 +28,14 @@ def train_on(nodes, config, ranks, *args, codes=None, **env):
     """Train on nodes with so many ranks each; what each node printed."""
     codes = codes or [0] * len(nodes.nodes)
     processes = nodes.start(*launch(config, ranks, *args), **env)
-    return [finish(process, code) for process, code in zip(processes, codes)]
+    try:
+        return [
+            finish(process, code) for process, code in zip(processes, codes)
+        ]
+    finally:
+        for process in processes:  # where another node has failed
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope='module')
