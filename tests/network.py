@@ -19,7 +19,7 @@ def ip(*args: str) -> None:
         raise OSError(f'ip {" ".join(args)}: {done.stderr.strip()}')
 
 
-def why_not() -> Optional[str]:
+def reason_against() -> Optional[str]:
     """Why no namespaces can be made here, and how they could; or None."""
     if shutil.which('ip') is None:
         return 'needs the command ip: apt-get install iproute2'

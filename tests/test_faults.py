@@ -52,6 +52,7 @@ def assert_same_training(work_dir, whole):
 # -- a rank is killed
 
 
+@pytest.mark.host
 def test_killed_rank_is_restarted_and_resumes(whole, tmp_path):
     """By itself, from its own last checkpoint, to the same bits."""
     work_dir = tmp_path / 'run'

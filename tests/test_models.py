@@ -9,6 +9,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from toy import wrapper_cfg
 
+# with both package sets
+pytestmark = pytest.mark.host
+
 CONFIGS = Path(__file__).parent.parent / 'configs'
 DETECTOR = ['backbone', 'neck', 'rpn_head', 'roi_head.bbox_head']
 SEGMENTER = ['backbone', 'decode_head', 'auxiliary_head']

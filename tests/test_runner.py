@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -14,7 +17,11 @@ from torch import nn
 from toy import MODULES
 from toy_runner import ITERATIONS, toy_cfg
 
+from mmagvm import compat
 from mmagvm.hook import useless_sync_bn
+
+# with both package sets
+pytestmark = pytest.mark.host
 
 
 @HOOKS.register_module()
@@ -195,3 +202,16 @@ def test_old_host_is_refused(version, monkeypatch):
     monkeypatch.setattr(package, '__version__', '0.1')
     with pytest.raises(ImportError, match=f'needs {version} >= .*0.1 is'):
         check_versions()
+
+
+def test_mmseg_bases_are_found_without_mmsegmentation(monkeypatch):
+    """The fork has the module, in a package of another name."""
+
+    def version(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(compat, 'version', version)
+    monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'no-such-package')
+    compat.find_mmseg_bases()
+    base = 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py'
+    assert 'model' in Config.fromfile(Config._get_cfg_path(base, '')[0])

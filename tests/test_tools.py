@@ -119,6 +119,7 @@ def test_no_scan_is_in_both_splits():
 # -- training, testing, drawing
 
 
+@pytest.mark.host
 def test_training_measures_and_modulates(work_dir):
     scalars = next(work_dir.glob('*/vis_data/scalars.json'))
     lines = [json.loads(text) for text in scalars.read_text().splitlines()]
@@ -130,6 +131,7 @@ def test_training_measures_and_modulates(work_dir):
     assert 'batch size 16 = 2 ranks x 8 images x 1 accumulated' in log
 
 
+@pytest.mark.host
 def test_checkpoint_is_resumed(work_dir, digits):
     done = command(
         *('bash', 'tools/dist_train.sh', QUICKSTART, '2'),
@@ -145,6 +147,7 @@ def test_checkpoint_is_resumed(work_dir, digits):
     assert [update for update, _ in state['history']] == [1, 3, 5, 7]
 
 
+@pytest.mark.host
 def test_checkpoint_is_evaluated(work_dir, digits, tmp_path):
     checkpoint = (work_dir / 'last_checkpoint').read_text()
     for launch in (
@@ -190,6 +193,7 @@ def test_picture_of_nothing_is_refused(tmp_path, content, message):
     assert message in done.stdout and 'Traceback' not in done.stdout
 
 
+@pytest.mark.host
 def test_segmenter_is_trained(tmp_path):
     """A small Semantic FPN of mmseg, by the same command."""
     rng = np.random.default_rng(0)

@@ -91,6 +91,12 @@ def join_ranks(cfg: Config) -> None:
         met.item()  # waits for the GPU
 
 
+def patience(cfg: Config) -> float:
+    """Seconds that ranks wait for each other in a collective."""
+    dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})
+    return dist_cfg.get('timeout', 1800)
+
+
 def init_process_group(cfg: Config, store: Optional[dist.Store]) -> None:
     """MMEngine's process group, or one over gloo where there is no GPU.
 
@@ -99,8 +105,8 @@ def init_process_group(cfg: Config, store: Optional[dist.Store]) -> None:
     of ``env_cfg.dist_cfg``, and the model is wrapped without device.
     """
     env_cfg = cfg.get('env_cfg', {})
-    dist_cfg = {'timeout': 1800, **env_cfg.get('dist_cfg', {})}
-    timeout = datetime.timedelta(seconds=dist_cfg['timeout'])
+    dist_cfg = {**env_cfg.get('dist_cfg', {}), 'timeout': patience(cfg)}
+    timeout = datetime.timedelta(seconds=patience(cfg))
     group = {}
     if store is not None and get_device() in ('cpu', 'cuda'):
         # or ranks that were restarted would find in the store, which torchrun
