@@ -5,7 +5,12 @@ mmdet nor mmseg is imported.
 """
 
 from .amp_optim_wrapper import AGVMAmpOptimWrapper
-from .compat import allow_checkpoints, check_versions, find_mmseg_bases
+from .compat import (
+    allow_checkpoints,
+    check_versions,
+    find_mmseg_bases,
+    keep_gradients_of_checkpointed_modules,
+)
 from .hook import AGVMHook
 from .lr_scaling import RULES, LRRule, find_rule
 from .optim_wrapper import AGVMOptimWrapper
@@ -15,6 +20,7 @@ from .version import __version__
 check_versions()
 allow_checkpoints()
 find_mmseg_bases()
+keep_gradients_of_checkpointed_modules()
 
 __all__ = [
     'AGVMAmpOptimWrapper',

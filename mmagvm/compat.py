@@ -1,5 +1,6 @@
 """What the hosting MMEngine and torch must have, checked and mended."""
 
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pickle import UnpicklingError
@@ -17,7 +18,9 @@ except ImportError as error:
 import numpy as np
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import activation_checkpointing
 from mmengine.utils import digit_version
+from torch.utils.checkpoint import checkpoint
 
 MMENGINE_MINIMUM = '0.10.0'
 TORCH_MINIMUM = '2.1.0'
@@ -49,6 +52,18 @@ def find_mmseg_bases() -> None:
     except PackageNotFoundError:
         if find_spec('mmseg') is not None:
             MODULE2PACKAGE['mmseg'] = 'mmseg'
+
+
+def keep_gradients_of_checkpointed_modules() -> None:
+    """Let MMEngine's ``activation_checkpointing`` train the first module too.
+
+    It takes torch's reentrant checkpointing, which gives no gradient to a
+    module whose inputs need none: a backbone, fed with images, silently
+    stays as it was initialized.
+    """
+    activation_checkpointing.checkpoint = partial(
+        checkpoint, use_reentrant=False
+    )
 
 
 def allow_checkpoints() -> None:

@@ -123,6 +123,17 @@ def test_noise_scale_is_logged_in_images(tmp_path):
         )
 
 
+@pytest.mark.parametrize('modules', ['backbone', ['backbone', 'neck']])
+def test_activation_checkpointing_changes_nothing(tmp_path, modules):
+    """MMEngine's setting, where the images that come in need no gradient."""
+    cfg = toy_cfg(tmp_path / 'checkpointed', max_epochs=1)
+    cfg.activation_checkpointing = modules
+    ours = run(cfg).model.state_dict()
+    other = run(toy_cfg(tmp_path / 'plain', max_epochs=1)).model.state_dict()
+    for name, weight in other.items():
+        assert torch.equal(ours[name], weight)
+
+
 def test_averaged_weights_change_nothing(tmp_path):
     """EMAHook copies the model, and swaps weights for each checkpoint."""
     alone = run(toy_cfg(tmp_path / 'alone'))

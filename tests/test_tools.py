@@ -163,6 +163,23 @@ def test_checkpoint_is_evaluated(work_dir, digits, tmp_path):
         assert (tmp_path / 'out.pkl').exists()
 
 
+def test_mmdets_own_script_trains_and_resumes(digits, tmp_path):
+    """In one process: its launcher needs a GPU for each rank."""
+    import mmdet
+
+    script = Path(mmdet.__file__).parent / '.mim/tools/train.py'
+    for epochs in (1, 2):
+        done = command(
+            *(sys.executable, script, QUICKSTART, '--work-dir', tmp_path),
+            *('--resume', '--cfg-options', *digits_options(digits)),
+            *('optim_wrapper.accumulative_counts=2', 'optim_wrapper.begin=1'),
+            *('optim_wrapper.interval=1', f'train_cfg.max_epochs={epochs}'),
+        )
+    assert 'resumed epoch: 1' in done.stdout
+    state = torch.load(tmp_path / 'epoch_2.pth')['optimizer']['agvm']
+    assert state['measured'] > 0
+
+
 def test_picture_is_drawn(work_dir, tmp_path):
     out = tmp_path / 'variance.png'
     command(
