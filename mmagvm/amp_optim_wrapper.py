@@ -42,7 +42,7 @@ class AGVMAmpOptimWrapper(AGVMOptimWrapper, AmpOptimWrapper):
     def _note_step(self, *_: Any) -> None:
         self._stepped = True
 
-    def _grad_scale(self) -> Optional[Tensor]:
+    def _loss_scale(self) -> Optional[Tensor]:
         # through a public method, and without a transfer
         device = self.optimizer.param_groups[0]['params'][0].device
         scale: Tensor = self.loss_scaler.scale(torch.ones((), device=device))

@@ -86,9 +86,11 @@ def allow_checkpoints() -> None:
             array,
             scalar,
             *(type(np.dtype(kind)) for kind in ('f4', 'f8', 'i4', 'i8', 'b1')),
-            # written by numpy 1, which had them elsewhere
+            # where numpy 1 and where numpy 2 has them, whichever wrote
             (array, 'numpy.core.multiarray._reconstruct'),
             (scalar, 'numpy.core.multiarray.scalar'),
+            (array, 'numpy._core.multiarray._reconstruct'),
+            (scalar, 'numpy._core.multiarray.scalar'),
             # getattr itself would open every door
             (_statistics_method, 'builtins.getattr'),
         ]

@@ -20,7 +20,7 @@ r2, g2    local, mean   mean |g_r|^2 of the samples' gradients g_r, before they
 ========  ============  =====================================================
 """
 
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -64,12 +64,15 @@ def split_variance(norms: Tensor) -> Tensor:
         norms: (h, 4), the rows of :func:`half_batch_norms`.
 
     Returns:
-        (h,), in [0, 2]. NaN where a half has no gradient at all, for which
-        the cosine has no meaning, and where a norm is not finite.
+        (h,), in [0, 2]. NaN where a half has no gradient, or a thousand times
+        less than the other, for which the cosine has no meaning, and where a
+        norm is not finite.
     """
     total, signed, first, second = norms.unbind(-1)
     cosine = (total - signed) / (first * second).sqrt()
-    return (1 - cosine).clamp(0, 2)
+    # what is left of an empty half when S and D were rounded differently
+    empty = torch.minimum(first, second) <= 1e-6 * torch.maximum(first, second)
+    return (1 - cosine).clamp(0, 2).masked_fill(empty, torch.nan)
 
 
 def pairs_variance(local: Tensor, mean: Tensor, samples: int) -> Tensor:
@@ -130,6 +133,30 @@ def adam_divisor(
     torch._foreach_sqrt_(divisor)
     torch._foreach_add_(divisor, eps)
     return list(divisor)
+
+
+def clip_divisor(
+    grads: List[Tensor],
+    max_norm: float,
+    norm_type: float,
+    scale: Optional[Tensor],
+) -> Tensor:
+    """What clipping by norm, after a loss scale, divides gradients by.
+
+    Args:
+        grads: All gradients, still multiplied by ``scale``.
+        max_norm: As in ``torch.nn.utils.clip_grad_norm_``.
+        norm_type: As there.
+        scale: The loss scale; None for 1.
+
+    Returns:
+        One number, on the gradients' device.
+    """
+    norms = torch.stack(torch._foreach_norm(grads, norm_type))
+    norm = torch.linalg.vector_norm(norms, norm_type)
+    scale = torch.ones_like(norm) if scale is None else scale
+    excess: Tensor = ((norm / scale + 1e-6) / max_norm).clamp(min=1)
+    return scale * excess
 
 
 def modulate(

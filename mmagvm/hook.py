@@ -1,8 +1,10 @@
 """Start-up checks and what is logged; no maths."""
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.optim import _ParamScheduler
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
@@ -54,6 +56,7 @@ class AGVMHook(Hook):
                 f'run has {batch}; lr_scale goes on from where it was'
             )
         wrapper.batch = batch
+        fit_schedulers(wrapper, runner.param_schedulers or [])
         for line in describe(wrapper, runner):
             runner.logger.info(line)
         for name in useless_sync_bn(runner.model):
@@ -74,18 +77,22 @@ class AGVMHook(Hook):
         wrapper = runner.optim_wrapper
         modulator = wrapper.modulator
         scalars: Dict[str, float] = {}
+        noise_scale = wrapper.noise_scale
         for name in modulator.modules:
             scalars[f'{name}/variance'] = modulator.variance[name]
             scalars[f'{name}/lr_scale'] = modulator.lr_scale[name]
             if wrapper.estimator == 'pairs':
-                scalars[f'{name}/noise_scale'] = wrapper.noise_scale[name]
+                scalars[f'{name}/noise_scale'] = noise_scale[name]
         scalars['measured'] = modulator.measured
         scalars['skipped'] = modulator.skipped
         for name, value in scalars.items():
-            # resumed=False: or the whole series would go into checkpoints
-            runner.message_hub.update_scalar(
-                f'train/agvm/{name}', value, resumed=False
+            key = f'train/agvm/{name}'
+            # a buffer of all values would be copied at every new one
+            runner.message_hub.log_scalars.setdefault(
+                key, HistoryBuffer(max_length=1)
             )
+            # resumed=False: or the series would go into checkpoints
+            runner.message_hub.update_scalar(key, value, resumed=False)
 
 
 def images_per_rank(dataloader: 'DataLoader[Any]') -> int:
@@ -94,6 +101,23 @@ def images_per_rank(dataloader: 'DataLoader[Any]') -> int:
     return int(
         getattr(sampler, 'batch_size', None) or dataloader.batch_size or 1
     )
+
+
+def fit_schedulers(
+    wrapper: AGVMOptimWrapper, schedulers: Sequence[_ParamScheduler]
+) -> None:
+    """Give schedulers the base value of each group that there is now.
+
+    A checkpoint whose optimizer was grouped otherwise leaves them with one
+    for each group that there was, and MMEngine's cosine schedulers then
+    forget the groups beyond.
+    """
+    for scheduler in schedulers:
+        initial = f'initial_{scheduler.param_name}'
+        scheduler.base_values = [
+            group.get(initial, group.get(scheduler.param_name))
+            for group in wrapper.param_groups
+        ]
 
 
 def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
@@ -108,13 +132,14 @@ def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
     lr = wrapper.param_groups[-1].get(
         'initial_lr', wrapper.param_groups[-1]['lr']
     )
-    rule = find_rule(
+    dataset, rule = find_rule(
         optimizer, type(_innermost(runner.train_dataloader.dataset)).__name__
     )
     advice = (
         'the paper has no rule for it'
         if rule is None
-        else f"the paper's rule gives {rule(batch_size):.4g} ({rule})"
+        else f"the paper's rule for {dataset} gives {rule(batch_size):.4g} "
+        f'({rule})'
     )
     effect = '' if wrapper.modulate else ', modulates nothing'
     until = '' if wrapper.end is None else f' to {wrapper.end}'
@@ -144,6 +169,7 @@ def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
 
 def useless_sync_bn(model: nn.Module) -> List[str]:
     """Names of submodules whose ``norm_eval`` disables their SyncBN."""
+    model = getattr(model, 'module', model)
     return [
         name or type(model).__name__
         for name, module in model.named_modules()

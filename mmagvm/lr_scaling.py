@@ -45,12 +45,14 @@ RULES: Dict[Tuple[str, str], LRRule] = {
 }
 
 
-def find_rule(optimizer: str, dataset: str) -> Optional[LRRule]:
+def find_rule(optimizer: str, dataset: str) -> Tuple[str, Optional[LRRule]]:
     """The paper's rule for an optimizer's and a data set's class name.
 
     Any data set whose name does not tell of ADE20K counts as COCO.
 
     Returns:
-        None where the paper has no rule.
+        For which of the two the rule is, and the rule; None where the paper
+        has none.
     """
-    return RULES.get((optimizer, 'ADE20K' if 'ADE20K' in dataset else 'COCO'))
+    name = 'ADE20K' if 'ADE20K' in dataset else 'COCO'
+    return name, RULES.get((optimizer, name))

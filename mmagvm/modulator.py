@@ -97,7 +97,7 @@ class Modulator:
                 self.variance[module] = phi.item()
         self._average(self._signal, phis, measurement.signal)
         self._average(self._noise, phis, measurement.noise)
-        self.measured += 1
+        self.measured += not phis[self.modules.index(self.anchor)].isnan()
         self.history.append((update, phis.tolist()))
         del self.history[:-HISTORY_LENGTH]
 
@@ -139,6 +139,7 @@ class Modulator:
         for module in self.modules:
             self.lr_scale[module] = state['lr_scale'].get(module, 1.0)
             self.variance[module] = state['variance'].get(module, 1.0)
+        self.lr_scale[self.anchor] = 1.0  # another anchor than it was, maybe
         self.measured = state['measured']
         self.skipped = state['skipped']
         for name, own in (('signal', self._signal), ('noise', self._noise)):

@@ -44,9 +44,12 @@ def regroup(
         start = sum(len(done['params']) for done in groups)
         params = range(start, start + len(group['params']))
         known = [name for name in group['param_names'] if name in saved]
+        options = (
+            saved[known[0]][1] if known else _decayed(group, saved_groups)
+        )
         groups.append(
             {
-                **(saved[known[0]][1] if known else group),
+                **options,
                 'params': list(params),
                 'param_names': group['param_names'],
                 'module': group['module'],
@@ -65,6 +68,15 @@ def regroup(
             {**saved_groups[0], 'params': torch.tensor([0.0])},
         )
     return regrouped
+
+
+def _decayed(
+    group: Dict[str, Any], saved_groups: Sequence[Dict[str, Any]]
+) -> Dict[str, Any]:
+    """A group that was not saved, with its lr where the schedule is by now."""
+    saved = saved_groups[0]
+    lr, initial = saved['lr'], saved.get('initial_lr', saved['lr'])
+    return {**group, 'lr': group['lr'] * lr / initial if initial else lr}
 
 
 def _saved_names(

@@ -1,6 +1,7 @@
 """When AGVM measures, the scaled step, and the state that travels."""
 
 import logging
+import math
 from contextlib import contextmanager, nullcontext
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -10,9 +11,10 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 
+from .functional import clip_divisor
 from .grad_variance import (
+    COMM_HOOKS,
     ESTIMATORS,
-    REDUCTIONS,
     GradVariance,
     build_grad_variance,
     has_second_moment,
@@ -55,12 +57,12 @@ class AGVMOptimWrapper(OptimWrapper):
         anchor: The module that the others follow. Defaults to 'backbone'.
         estimator: How phi is estimated: 'split', the paper's, one half of
             the ranks (or micro-batches) against the other; 'pairs', each
-            against each, from norms alone. Defaults to 'split'.
+            against each, from norms alone. Defaults to 'pairs'.
         eps: Added to both variances of the ratio. Defaults to 1e-6.
         ratio_range: Bounds of the ratio, around 1. Defaults to (0.1, 10).
         comm_hook: Type in which ranks exchange gradients, 'fp16' or 'bf16',
-            by torch's communication hooks of that name. Defaults to None,
-            the gradients' own.
+            by torch's communication hooks of that name. Defaults to None:
+            whatever the model does by itself.
         modulate: False measures and logs everything, lr_scale too, and steps
             with the plain learning rate. Defaults to True.
         kwargs: Of the next class in line.
@@ -86,7 +88,7 @@ class AGVMOptimWrapper(OptimWrapper):
         begin: int = 0,
         end: Optional[int] = None,
         anchor: str = 'backbone',
-        estimator: str = 'split',
+        estimator: str = 'pairs',
         eps: float = 1e-6,
         ratio_range: Tuple[float, float] = (0.1, 10.0),
         comm_hook: Optional[str] = None,
@@ -102,6 +104,7 @@ class AGVMOptimWrapper(OptimWrapper):
             eps,
             ratio_range,
             comm_hook,
+            modulate,
         )
         super().__init__(
             optimizer=optimizer,
@@ -184,6 +187,8 @@ class AGVMOptimWrapper(OptimWrapper):
         grad_variance = self._attach(model)
         if self._starts_update() and self._is_due():
             grad_variance.start()
+        if grad_variance.measuring and self.should_sync():
+            grad_variance.before_last_backward()
         with super().optim_context(model):
             yield
 
@@ -241,6 +246,26 @@ class AGVMOptimWrapper(OptimWrapper):
         return True
 
     def _grad_scale(self) -> Optional[Tensor]:
+        """What gradients must be divided by to be what the optimizer sees.
+
+        Adam's second moment knows gradients without loss scale, and clipped.
+        """
+        scale = self._loss_scale()
+        clip = self.clip_grad_kwargs or {}
+        adaptive = any(
+            has_second_moment(group, self.optimizer.state)
+            for group in self.optimizer.param_groups
+        )
+        if self._grad_variance is None or not (
+            self.estimator == 'split' and adaptive and 'max_norm' in clip
+        ):
+            return scale
+        grads = list(self._grad_variance.grads().values())
+        return clip_divisor(
+            grads, clip['max_norm'], clip.get('norm_type', 2.0), scale
+        )
+
+    def _loss_scale(self) -> Optional[Tensor]:
         """By what a loss scaler has multiplied the gradients."""
         return None
 
@@ -342,49 +367,76 @@ def _check_settings(
     eps: float,
     ratio_range: Tuple[float, float],
     comm_hook: Optional[str],
+    modulate: bool,
 ) -> None:
     """Refuse what cannot be meant."""
+    in_range = (
+        isinstance(ratio_range, (list, tuple))
+        and len(ratio_range) == 2
+        and all(map(_is_number, ratio_range))
+        and 0 < ratio_range[0] <= 1 <= ratio_range[1]
+    )
     checks = [
         (
-            interval >= 1,
-            f'interval={interval}',
+            _is_count(interval) and interval >= 1,
+            f'interval={interval!r}',
             'a number of updates: write 1 or more, such as 10',
         ),
         (
-            0 <= ema_decay < 1,
-            f'ema_decay={ema_decay}',
+            _is_number(ema_decay) and 0 <= ema_decay < 1,
+            f'ema_decay={ema_decay!r}',
             'the weight of the old lr_scale: write a number from 0 to below '
             '1, such as 0.97',
         ),
-        (begin >= 0, f'begin={begin}', 'an update: write 0 or more'),
         (
-            end is None or end > begin,
-            f'end={end}',
+            _is_count(begin) and begin >= 0,
+            f'begin={begin!r}',
+            'an update: write 0 or more',
+        ),
+        (
+            end is None or _is_count(end) and end > begin,
+            f'end={end!r}',
             f'an update after begin={begin}: write a larger one, or None to '
             'measure until training ends',
         ),
         (
-            estimator in ESTIMATORS,
+            estimator in list(ESTIMATORS),
             f'estimator={estimator!r}',
             "an estimator: write 'split' or 'pairs'",
         ),
         (
-            comm_hook in REDUCTIONS,
+            comm_hook in list(COMM_HOOKS),
             f'comm_hook={comm_hook!r}',
             "a way to send gradients: write 'fp16', 'bf16' or None",
         ),
         (
-            eps >= 0,
-            f'eps={eps}',
+            _is_number(eps) and eps >= 0,
+            f'eps={eps!r}',
             'a small number: write 0 or more, such as 1e-6',
         ),
         (
-            len(ratio_range) == 2
-            and 0 < ratio_range[0] <= 1 <= ratio_range[-1],
-            f'ratio_range={tuple(ratio_range)}',
+            in_range,
+            f'ratio_range={ratio_range!r}',
             'a range (low, high) around 1: write one such as (0.1, 10.0)',
+        ),
+        (
+            isinstance(modulate, bool),
+            f'modulate={modulate!r}',
+            'a switch: write True or False',
         ),
     ]
     for holds, setting, expected in checks:
         if not holds:
             raise ValueError(f'{setting} in optim_wrapper is not {expected}')
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    )

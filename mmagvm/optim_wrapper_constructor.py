@@ -46,6 +46,14 @@ class AGVMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self.modules: Optional[Sequence[str]] = self.optim_wrapper_cfg.pop(
             'modules', None
         )
+        if self.modules is not None and (
+            isinstance(self.modules, str)
+            or len(set(self.modules)) < len(self.modules)
+        ):
+            raise ValueError(
+                f'modules={self.modules!r} in optim_wrapper: write a list of '
+                "prefixes, each once, such as ['backbone', 'neck'], or None"
+            )
         wrapper_type = self.optim_wrapper_cfg.get('type')
         wrapper_cls = (
             OPTIM_WRAPPERS.get(wrapper_type)
@@ -92,20 +100,21 @@ def find_modules(model: nn.Module) -> List[str]:
     Every child with trainable parameters is one, ``roi_head`` opened into its
     own children: all stages of a cascade's ``roi_head.bbox_head`` are one.
     """
-    found = []
+    # a parameter that is shared has one name, in the module that comes first
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    prefixes = []
     for name, child in model.named_children():
-        children = [(name, child)]
         if name in CONTAINERS:
-            children = [
-                (f'{name}.{inner}', grandchild)
-                for inner, grandchild in child.named_children()
+            prefixes += [
+                f'{name}.{inner}' for inner, _ in child.named_children()
             ]
-        found += [
-            child_name
-            for child_name, module in children
-            if any(param.requires_grad for param in module.parameters())
-        ]
-    return found
+        else:
+            prefixes.append(name)
+    return [
+        prefix
+        for prefix in prefixes
+        if any(name.startswith(f'{prefix}.') for name in names)
+    ]
 
 
 def merge_groups(

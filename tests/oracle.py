@@ -36,6 +36,7 @@ class Oracle:
         ratio_range=(0.1, 10.0),
         anchor: str = 'backbone',
         estimator: str = 'split',
+        max_norm: float = float('inf'),
     ) -> None:
         self.params = dict(model.named_parameters())
         self.model = model
@@ -47,6 +48,7 @@ class Oracle:
         self.ema_decay, self.eps = ema_decay, eps
         self.ratio_range, self.anchor = ratio_range, anchor
         self.estimator = estimator
+        self.max_norm = max_norm
         self.t = 0
         self.modules = list(dict.fromkeys(map(module_of, self.params)))
         self.mu = dict.fromkeys(self.modules, 1.0)
@@ -77,8 +79,12 @@ class Oracle:
                 half = self.accumulation // 2
                 self.measure(g, mean(samples[:half]), mean(samples[half:]))
         for name, grad in g.items():
-            self.step(name, grad)
+            self.step(name, grad * self.clip(g))
         self.t += 1
+
+    def clip(self, g: Vectors) -> float:
+        norm = torch.cat([v.flatten() for v in g.values()]).norm().item()
+        return min(1, self.max_norm / (norm + 1e-6))
 
     def measure(self, g: Vectors, g1: Vectors, g2: Vectors) -> None:
         for module in self.modules:
@@ -89,7 +95,7 @@ class Oracle:
                 divisor = 1.0
                 if self.optimizer == 'AdamW':
                     v = self.state[name].get('v', torch.zeros_like(g[name]))
-                    v = 0.999 * v + 0.001 * g[name] ** 2
+                    v = 0.999 * v + 0.001 * (g[name] * self.clip(g)) ** 2
                     divisor = v.sqrt() + 1e-8
                 for half, vector in zip(flat, (g1, g2)):
                     part = vector.get(name, torch.zeros_like(g[name]))
@@ -120,7 +126,7 @@ class Oracle:
                     g = sample.get(name, torch.zeros_like(self.params[name]))
                     if self.optimizer == 'AdamW':
                         v = self.state[name].get('v', torch.zeros_like(g))
-                        g = g / (v.sqrt() + 1e-8)
+                        g = torch.where(v == 0, 0, g / (v.sqrt() + 1e-8))
                     parts.append(g.flatten())
                 flat.append(torch.cat(parts))
             pairs = [

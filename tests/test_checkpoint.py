@@ -136,6 +136,28 @@ def test_checkpoint_of_a_plain_optimizer(paramwise_cfg, tmp_path, log):
     assert wrapper.param_groups[-1]['lr'] == pytest.approx(0.001)
 
 
+def test_another_anchor_on_resume_starts_at_one():
+    _, wrapper = trained()
+    other = build_optim_wrapper(make_model(), wrapper_cfg(anchor='neck'))
+    other.load_state_dict(wrapper.state_dict())
+    assert wrapper.modulator.lr_scale['neck'] != 1
+    assert other.modulator.lr_scale['neck'] == 1
+
+
+def test_group_that_was_frozen_joins_the_schedule():
+    """Its learning rate is decayed as that of the others was."""
+    model = make_model()
+    model.neck.requires_grad_(False)
+    wrapper = build_optim_wrapper(model, wrapper_cfg())
+    for group in wrapper.param_groups:
+        group['initial_lr'], group['lr'] = group['lr'], group['lr'] * 0.1
+    other = build_optim_wrapper(make_model(), wrapper_cfg())
+    other.load_state_dict(wrapper.state_dict())
+    lrs = {g['module']: g['lr'] for g in other.optimizer.param_groups}
+    assert lrs['neck'] == pytest.approx(0.005)
+    assert len(set(lrs.values())) == 1
+
+
 def test_updates_of_a_plain_checkpoint_count_from_its_iteration():
     model = make_model()
     wrapper = build_optim_wrapper(model, wrapper_cfg(accumulative_counts=2))

@@ -115,6 +115,14 @@ def test_shared_parameters_are_held_once(paramwise_cfg):
     assert sorted(names) == sorted(n for n, _ in model.named_parameters())
 
 
+def test_child_of_a_shared_parameter_alone_is_no_module():
+    model = make_model()
+    model.tied_head = nn.Linear(7, 5, bias=False)
+    model.tied_head.weight = model.neck.weight
+    wrapper = build_optim_wrapper(model, wrapper_cfg())
+    assert wrapper.modulator.modules == list(MODULES)
+
+
 def test_unknown_module_is_refused():
     with pytest.raises(
         ValueError,

@@ -51,9 +51,11 @@ def test_rule_is_linear_below_the_knee():
     ],
 )
 def test_rule_is_found_by_class_names(optimizer, dataset, base_lr):
-    assert find_rule(optimizer, dataset).base_lr == base_lr
+    name, rule = find_rule(optimizer, dataset)
+    assert name == ('ADE20K' if 'ADE20K' in dataset else 'COCO')
+    assert rule.base_lr == base_lr
 
 
 def test_no_rule_where_the_paper_has_none():
-    assert find_rule('Lion', 'CocoDataset') is None
-    assert find_rule('AdamW', 'ADE20KDataset') is None
+    assert find_rule('Lion', 'CocoDataset') == ('COCO', None)
+    assert find_rule('AdamW', 'ADE20KDataset') == ('ADE20K', None)

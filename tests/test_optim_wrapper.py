@@ -28,6 +28,18 @@ def build(model=None, optimizer='SGD', accumulative_counts=2, **settings):
         (dict(interval=0), 'interval=0 .*write 1 or more'),
         (dict(ema_decay=1.0), 'ema_decay=1.0 .*from 0 to below 1'),
         (dict(ema_decay=-0.1), 'ema_decay=-0.1 .*from 0 to below 1'),
+        (dict(interval='5'), "interval='5' .*write 1 or more"),
+        (dict(interval=2.5), 'interval=2.5 .*write 1 or more'),
+        (dict(begin=1.5), 'begin=1.5 .*write 0 or more'),
+        (dict(end='100'), "end='100' .*after begin"),
+        (dict(ema_decay=None), 'ema_decay=None .*from 0 to below 1'),
+        (dict(eps=float('inf')), 'eps=inf .*write 0 or more'),
+        (dict(ratio_range=0.5), 'ratio_range=0.5 .*around 1'),
+        (dict(ratio_range=['0.1', '10']), 'ratio_range=.*around 1'),
+        (dict(estimator=['split']), r"estimator=\['split'\] .*write 'split'"),
+        (dict(modulate='no'), "modulate='no' .*True or False"),
+        (dict(modules='backbone'), "modules='backbone' .*write a list"),
+        (dict(modules=['neck', 'neck']), 'modules=.*each once'),
         (dict(begin=-1), 'begin=-1 .*write 0 or more'),
         (dict(begin=5, end=5), 'end=5 .*after begin=5'),
         (
@@ -125,6 +137,31 @@ def test_micro_batches_equal_the_oracle(
     for name, weight in oracle.model.state_dict().items():
         torch.testing.assert_close(
             model.state_dict()[name], weight, rtol=1e-9, atol=1e-11
+        )
+
+
+@pytest.mark.parametrize('max_norm', [0.05, 1e6])
+@pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
+def test_clipped_training_equals_the_oracle(optimizer, max_norm):
+    settings = dict(interval=1, ema_decay=0.5)
+    model = make_model()
+    clip_grad = dict(max_norm=max_norm)
+    wrapper = build(model, optimizer, clip_grad=clip_grad, **settings)
+    train(model, wrapper, 6, accumulation=2)
+    oracle = Oracle(
+        make_model(),
+        make_batch,
+        accumulation=2,
+        optimizer=optimizer,
+        max_norm=max_norm,
+        **settings,
+    )
+    for _ in range(6):
+        oracle.update()
+    assert wrapper.modulator.lr_scale == pytest.approx(oracle.mu, rel=1e-6)
+    for name, weight in oracle.model.state_dict().items():
+        torch.testing.assert_close(
+            model.state_dict()[name], weight, rtol=1e-6, atol=1e-9
         )
 
 

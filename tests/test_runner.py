@@ -47,7 +47,7 @@ def test_start_is_described(tmp_path):
     log = log_of(run(toy_cfg(tmp_path / 'run', max_epochs=1)))
     for line in (
         'batch size 8 = 1 ranks x 4 images x 2 accumulated micro-batches',
-        "SGD with learning rate 0.05; the paper's rule gives 0.01 ",
+        "SGD with learning rate 0.05; the paper's rule for COCO gives 0.01 ",
         'measures every 1 updates from update 1; all modules follow backbone',
         'module backbone: 133 parameters in 1 group(s), lr_scale 1.000',
         'module roi_head.mask_head: 6 parameters in 1 group(s)',
@@ -145,6 +145,48 @@ def test_averaged_weights_change_nothing(tmp_path):
     assert ours.lr_scale == theirs.lr_scale
 
 
+def test_series_are_not_kept(tmp_path):
+    """Or each value would cost more than the one before."""
+    runner = run(toy_cfg(tmp_path / 'run'))
+    for key, buffer in runner.message_hub.log_scalars.items():
+        if 'agvm' in key:
+            assert len(buffer.data[0]) == 1
+
+
+@pytest.mark.parametrize('modules', [None, ['backbone', 'neck']])
+def test_schedule_reaches_groups_that_the_checkpoint_had_not(
+    tmp_path, modules
+):
+    """From a plain run, or one with other modules, to six modules."""
+    cosine = [
+        dict(
+            type='CosineAnnealingLR',
+            T_max=16,
+            eta_min_ratio=0.01,
+            by_epoch=False,
+        )
+    ]
+    cfg = toy_cfg(tmp_path / 'run', modules=modules)
+    if modules is None:
+        cfg.optim_wrapper = dict(
+            optimizer=cfg.optim_wrapper.optimizer, accumulative_counts=2
+        )
+        cfg.custom_hooks = []
+    cfg.param_scheduler = cosine
+    cfg.custom_hooks.append(dict(type='PowerCut'))
+    with pytest.raises(RuntimeError, match='power cut'):
+        run(cfg)
+    cfg = toy_cfg(tmp_path / 'run')
+    cfg.param_scheduler = cosine
+    cfg.resume = True
+    cfg.experiment_name += '_resumed'
+    resumed = run(cfg)
+    lrs = [group['lr'] for group in resumed.optim_wrapper.param_groups]
+    assert len(lrs) == len(MODULES) + 1
+    assert len(set(lrs)) == 1
+    assert lrs[0] < 0.05 / 40  # at the end of the cosine
+
+
 def test_checkpoint_carries_no_series_of_agvm(tmp_path):
     run(toy_cfg(tmp_path / 'run', max_epochs=1))
     checkpoint = torch.load(tmp_path / 'run' / 'epoch_1.pth')
@@ -187,6 +229,9 @@ def test_useless_sync_bn_is_found():
     model.neck = nn.Sequential(nn.SyncBatchNorm(2))
     model.backbone.norm_eval, model.neck.norm_eval = True, False
     assert useless_sync_bn(model) == ['backbone']
+    wrapped = nn.Module()  # as DistributedDataParallel holds it
+    wrapped.module = model
+    assert useless_sync_bn(wrapped) == ['backbone']
     model.backbone = nn.Sequential(nn.BatchNorm2d(2))
     model.backbone.norm_eval = True
     assert useless_sync_bn(model) == []

@@ -263,7 +263,7 @@ default_hooks = dict(
         *('--cfg-options', 'optim_wrapper.interval=5'),
     )
     assert 'module decode_head' in done.stdout
-    assert "the paper's rule gives" in done.stdout
+    assert "the paper's rule for COCO gives" in done.stdout
     assert 'mIoU: ' in done.stdout
     assert '[12/12]' in done.stdout
     state = torch.load(tmp_path / 'work/iter_12.pth')['optimizer']['agvm']

@@ -94,7 +94,8 @@ def join_ranks(cfg: Config) -> None:
 def patience(cfg: Config) -> float:
     """Seconds that ranks wait for each other in a collective."""
     dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})
-    return dist_cfg.get('timeout', 1800)
+    # torch's own for gloo, and for NCCL
+    return dist_cfg.get('timeout', 1800 if get_device() == 'cpu' else 600)
 
 
 def init_process_group(cfg: Config, store: Optional[dist.Store]) -> None:
@@ -105,7 +106,7 @@ def init_process_group(cfg: Config, store: Optional[dist.Store]) -> None:
     of ``env_cfg.dist_cfg``, and the model is wrapped without device.
     """
     env_cfg = cfg.get('env_cfg', {})
-    dist_cfg = {**env_cfg.get('dist_cfg', {}), 'timeout': patience(cfg)}
+    dist_cfg = env_cfg.get('dist_cfg', {})
     timeout = datetime.timedelta(seconds=patience(cfg))
     group = {}
     if store is not None and get_device() in ('cpu', 'cuda'):

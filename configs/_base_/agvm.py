@@ -6,6 +6,7 @@ custom_hooks = [dict(type='AGVMHook')]
 agvm = dict(
     type='AGVMOptimWrapper',
     constructor='AGVMOptimWrapperConstructor',
+    estimator='split',
     interval=10,
     ema_decay=0.97,
 )

@@ -2,13 +2,13 @@
 
 from .base import GradVariance, Measurement, has_second_moment
 from .build import ESTIMATORS, build_grad_variance
-from .ranks import REDUCTIONS
+from .ranks import COMM_HOOKS
 
 __all__ = [
+    'COMM_HOOKS',
     'ESTIMATORS',
     'GradVariance',
     'Measurement',
-    'REDUCTIONS',
     'build_grad_variance',
     'has_second_moment',
 ]

@@ -47,6 +47,9 @@ class GradVariance(ABC):
         """Collect during this update."""
         self.measuring = True
 
+    def before_last_backward(self) -> None:
+        """Called before the forward of this update's last micro-batch."""
+
     def after_backward(self, micro_batch: int) -> None:
         """Called after the backward of each accumulated micro-batch.
 
@@ -61,8 +64,9 @@ class GradVariance(ABC):
         Takes one device-to-host transfer.
 
         Args:
-            grad_scale: By what all gradients are still multiplied, for a loss
-                scaler's sake; None if by nothing.
+            grad_scale: What all gradients must be divided by to be what the
+                optimizer will see: the loss scale, and how much clipping will
+                shorten them. None for 1.
         """
 
     def grads(self) -> Dict[Tensor, Tensor]:

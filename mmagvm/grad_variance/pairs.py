@@ -40,11 +40,14 @@ class Pairs(GradVariance):
         """(h,) r2 of every module."""
 
     def measure(self, grad_scale: Optional[Tensor] = None) -> Measurement:
-        # a scale cancels: the divisor does not know this update's gradient
+        # a scale cancels in phi: the divisor knows no gradient of this update
         self.measuring = False
         squares = torch.stack(
             [self.local_squares(), self.sum_by_module(self._mean_square)], 1
-        ).cpu()
+        )
+        if grad_scale is not None:
+            squares = squares / grad_scale.double().square()
+        squares = squares.cpu()
         local, mean = squares.unbind(1)
         signal, noise = pairs_noise(local, mean, self.samples)
         return Measurement(
@@ -69,10 +72,14 @@ class Pairs(GradVariance):
         """Squared norms of gradients of one group's parameters, (n,)."""
         state = self.optimizer.state
         if has_second_moment(group, state):
-            divisor = torch._foreach_sqrt(
-                [exp_avg_sq(state, param) for param in params]
-            )
+            moments = [exp_avg_sq(state, param) for param in params]
+            divisor = list(torch._foreach_sqrt(moments))
             torch._foreach_add_(divisor, float(group['eps']))
+            # an element that had no gradient yet has no scale to be seen on
+            divisor = [
+                d.masked_fill(v == 0, torch.inf)
+                for d, v in zip(divisor, moments)
+            ]
             grads = list(torch._foreach_div(grads, divisor))
         return squared_norms(grads)
 
@@ -85,29 +92,24 @@ class PairsRanks(Pairs, RankVariance):
         self.samples = self.world_size
         self._squares: Dict[Tensor, Tensor] = {}
 
-    def start(self) -> None:
-        super().start()
+    def before_last_backward(self) -> None:
         self._squares = {}
+        super().before_last_backward()
 
-    def observe(
-        self,
-        bucket: dist.GradBucket,  # type: ignore[name-defined]
-    ) -> None:
-        grad_of = dict(zip(bucket.parameters(), bucket.gradients()))
-        for group in self.optimizer.param_groups:
-            params = [p for p in group['params'] if p in grad_of]
-            if params:
-                grads = [grad_of[p] for p in params]
-                self._squares.update(
-                    zip(params, self.squares(group, params, grads))
-                )
+    def see(self, param: Tensor, grad: Tensor, group: Dict[str, Any]) -> None:
+        self._squares[param] = self.squares(group, [param], [grad])[0]
 
     def local_squares(self) -> Tensor:
+        self._remove_hooks()
         squares, self._squares = self._squares, {}
 
         def square_of(group: Dict[str, Any]) -> Optional[Tensor]:
             parts = [squares[p] for p in group['params'] if p in squares]
-            return torch.stack(parts).sum() if parts else None
+            if parts:
+                return torch.stack(parts).sum()
+            # not used by this rank, but maybe by others
+            first: Tensor = group['params'][0]
+            return torch.zeros((), dtype=torch.float64, device=first.device)
 
         local = self.sum_by_module(square_of) / self.world_size
         dist.all_reduce(local, group=self.group)

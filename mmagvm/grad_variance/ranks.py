@@ -1,7 +1,7 @@
-"""Sees the local gradients of ranks, in DDP's communication hook."""
+"""Sees each rank's local gradients, before they are averaged."""
 
 from abc import abstractmethod
-from typing import Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,24 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .base import GradVariance
 
-Future = torch.futures.Future[Tensor]
-
-
-def all_reduce_mean(
-    group: dist.ProcessGroup,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]
-) -> Future:
-    """Average a bucket over the ranks, bit for bit as DDP does by itself."""
-    # DDP multiplies by the reciprocal too: dividing would round otherwise
-    buffer = bucket.buffer().mul_(1 / group.size())
-    work = dist.all_reduce(buffer, group=group, async_op=True)
-    future: Future = work.get_future().then(lambda done: done.value()[0])
-    return future
-
-
-#: By the setting ``comm_hook``: how gradients are averaged.
-REDUCTIONS: Dict[Optional[str], Callable[..., Future]] = {
-    None: all_reduce_mean,
+#: By the setting ``comm_hook``: torch's hook that averages gradients.
+COMM_HOOKS: Dict[Optional[str], Optional[Callable[..., Any]]] = {
+    None: None,
     'fp16': default_hooks.fp16_compress_hook,
     'bf16': default_hooks.bf16_compress_hook,
 }
@@ -37,19 +22,23 @@ REDUCTIONS: Dict[Optional[str], Callable[..., Future]] = {
 class RankVariance(GradVariance):
     """Measures over ranks: each rank's gradient is one sample.
 
-    The mean is computed as it would be without AGVM, so training is bit for
-    bit the same whether or not an update is measured.
+    A parameter's own hook, which runs as soon as its gradient has been
+    accumulated, sees the gradient just before DistributedDataParallel takes
+    it to be averaged. The hooks exist during the backward of measured updates
+    only; DistributedDataParallel and its communication hook, if any, are left
+    as they are, so every other update is plain training, instruction by
+    instruction, and all of training is bit for bit what it would be.
 
     Args:
         optimizer: As in the base class.
         modules: As in the base class.
-        model: The data-parallel model; its one place for a communication hook
-            is taken.
+        model: The data-parallel model.
         comm_hook: Type in which gradients are sent, 'fp16' or 'bf16'; None
-            for their own.
+            for what the model does by itself.
 
     Raises:
-        ValueError: The place is already taken.
+        ValueError: The model has a communication hook already, or torch has
+            none of that type for this backend (bf16 without NCCL).
     """
 
     def __init__(
@@ -62,49 +51,46 @@ class RankVariance(GradVariance):
         super().__init__(optimizer, modules)
         self.group = model.process_group
         self.world_size = dist.get_world_size(self.group)
-        self.reduction = REDUCTIONS[comm_hook]
-        self.sent_dtype = dict(fp16=torch.float16, bf16=torch.bfloat16).get(
-            comm_hook or ''
-        )
-        try:
-            model.register_comm_hook(self, _reduce)
-        except RuntimeError as error:
-            raise ValueError(
-                'AGVM measures in the communication hook of '
-                'DistributedDataParallel, which has place for one, and this '
-                'model has one already: remove its register_comm_hook call; '
-                "for fp16 or bf16 compression set comm_hook='fp16' or 'bf16' "
-                'in optim_wrapper instead; PowerSGD cannot be combined with '
-                f'AGVM ({error})'
-            ) from error
+        self._handles: List[Any] = []
+        hook = COMM_HOOKS[comm_hook]
+        if hook is not None:
+            try:
+                model.register_comm_hook(self.group, hook)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(
+                    f'comm_hook={comm_hook!r} in optim_wrapper cannot be had; '
+                    'leave it out, or remove the communication hook that the '
+                    f'model has already, if that is the reason: {error}'
+                ) from error
 
-    def reduce(
-        self,
-        bucket: dist.GradBucket,  # type: ignore[name-defined]
-    ) -> Future:
-        """Average a bucket over the ranks, looking at it if measuring."""
-        send = self.observe(bucket) if self.measuring else None
-        future = self.reduction(self.group, bucket)
-        if send is not None:
-            send()
-        return future
+    def before_last_backward(self) -> None:
+        self._remove_hooks()
+        for group in self.optimizer.param_groups:
+            for param in group['params']:
+                if param.requires_grad:
+                    self._handles.append(self._hook(param, group))
+
+    def _hook(self, param: Tensor, group: Dict[str, Any]) -> Any:
+        def see(param: Tensor) -> None:
+            if param.grad is not None:
+                self.see(param, param.grad, group)
+
+        # of earlier micro-batches: the last may not use the parameter
+        see(param)
+        return param.register_post_accumulate_grad_hook(see)
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     @abstractmethod
-    def observe(
-        self,
-        bucket: dist.GradBucket,  # type: ignore[name-defined]
-    ) -> Optional[Callable[[], None]]:
-        """See a bucket of local gradients, before it is averaged in place.
+    def see(self, param: Tensor, grad: Tensor, group: Dict[str, Any]) -> None:
+        """Note a parameter's local gradient.
 
-        Returns:
-            What remains to be sent, to be called once the average is on its
-            way; None if nothing.
+        Args:
+            param: The parameter.
+            grad: Its gradient on this rank, summed over micro-batches. It is
+                averaged in place right afterwards.
+            group: The parameter group that it belongs to.
         """
-
-
-def _reduce(
-    variance: RankVariance,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]
-) -> Future:
-    # DDP asks for a function whose second parameter has this name
-    return variance.reduce(bucket)

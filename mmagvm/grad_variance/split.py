@@ -5,12 +5,11 @@ anyway, in ``param.grad``; D = G1 - G2 is what each source here provides.
 """
 
 from abc import abstractmethod
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from ..functional import adam_divisor, half_batch_norms, split_variance
 from .base import GradVariance, Measurement, exp_avg_sq, has_second_moment
@@ -37,11 +36,12 @@ class Split(GradVariance):
             if not params:
                 return None
             totals = [p.grad for p in params]
-            signs = [signed[p].to(p.grad.dtype) for p in params]
+            signs = [signed[p] for p in params]
             if has_second_moment(group, state):
                 if grad_scale is not None:  # v knows unscaled gradients
-                    totals = list(torch._foreach_div(totals, grad_scale))
-                    signs = list(torch._foreach_div(signs, grad_scale))
+                    inverse = grad_scale.reciprocal()
+                    totals = list(torch._foreach_mul(totals, inverse))
+                    signs = list(torch._foreach_mul(signs, inverse))
                 divisor = adam_divisor(
                     totals,
                     [exp_avg_sq(state, p) for p in params],
@@ -59,55 +59,77 @@ class Split(GradVariance):
 class SplitRanks(Split, RankVariance):
     """Even ranks against odd ranks.
 
-    A measured update sends each gradient bucket a second time, with the sign
-    of the rank's half, overlapped with the backward pass like the first.
+    A measured update sends every gradient a second time, with the sign of the
+    rank's half, after the backward pass. (During it would mean to share the
+    order of DistributedDataParallel's messages, in its communication hook,
+    which costs every other update a pass over the gradients.)
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        modules: Sequence[int],
-        model: DistributedDataParallel,
-        comm_hook: Optional[str] = None,
-    ) -> None:
-        super().__init__(optimizer, modules, model, comm_hook)
-        self.sign = 1 - 2 * (dist.get_rank(self.group) % 2)
-        self._pending: List[Tuple[Any, List[Tensor], List[Tensor]]] = []
+    #: Bytes sent at once, as DistributedDataParallel does by default.
+    CHUNK = 25 * 2**20
 
-    def start(self) -> None:
-        super().start()
-        self._pending.clear()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        sign = 1 - 2 * (dist.get_rank(self.group) % 2)
+        self.factor = sign / self.world_size  # param.grad is a mean
+        self._chunks: List[Tensor] = []
+        self._views: Dict[Tensor, Tensor] = {}
 
-    def observe(
-        self,
-        bucket: dist.GradBucket,  # type: ignore[name-defined]
-    ) -> Callable[[], None]:
-        buffer = bucket.buffer()
-        signed = buffer * (self.sign / self.world_size)
-        if self.sent_dtype is not None:
-            signed = signed.to(self.sent_dtype)
-        views = [
-            signed.as_strided(
-                grad.size(),
-                grad.stride(),
-                grad.storage_offset() - buffer.storage_offset(),
-            )
-            for grad in bucket.gradients()
-        ]
+    def before_last_backward(self) -> None:
+        # zeros: a parameter that this rank does not use others may
+        self._chunks, self._views = _chunks_like(
+            [
+                param
+                for group in self.optimizer.param_groups
+                for param in group['params']
+                if param.requires_grad
+            ],
+            self.CHUNK,
+        )
+        super().before_last_backward()
 
-        def send() -> None:
-            work = dist.all_reduce(signed, group=self.group, async_op=True)
-            self._pending.append((work, bucket.parameters(), views))
-
-        return send
+    def see(self, param: Tensor, grad: Tensor, group: Dict[str, Any]) -> None:
+        torch.mul(grad, self.factor, out=self._views[param])
 
     def signed(self) -> Dict[Tensor, Tensor]:
-        signed: Dict[Tensor, Tensor] = {}
-        for work, params, views in self._pending:
+        self._remove_hooks()
+        works = [
+            dist.all_reduce(chunk, group=self.group, async_op=True)
+            for chunk in self._chunks
+        ]
+        for work in works:
             work.wait()
-            signed.update(zip(params, views))
-        self._pending.clear()
-        return signed
+        views = self._views
+        self._chunks, self._views = [], {}
+        return views
+
+
+def _chunks_like(
+    params: Sequence[Tensor], size: int
+) -> Tuple[List[Tensor], Dict[Tensor, Tensor]]:
+    """Zeros for each parameter, in few flat tensors of about ``size`` bytes.
+
+    Returns:
+        The flat tensors, and for each parameter its part of one, in its shape.
+    """
+    cuts: List[List[Tensor]] = []
+    room = 0
+    for param in params:
+        room -= param.numel() * param.element_size()
+        if not cuts or room < 0 or cuts[-1][0].dtype != param.dtype:
+            cuts.append([])
+            room = size - param.numel() * param.element_size()
+        cuts[-1].append(param)
+    chunks, views = [], {}
+    for cut in cuts:
+        sizes = [param.numel() for param in cut]
+        chunk = torch.zeros(
+            sum(sizes), dtype=cut[0].dtype, device=cut[0].device
+        )
+        chunks.append(chunk)
+        for param, part in zip(cut, chunk.split(sizes)):
+            views[param] = part.view(param.shape)
+    return chunks, views
 
 
 class SplitMicroBatches(Split):
