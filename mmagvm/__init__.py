@@ -8,7 +8,12 @@ from . import optimizers  # noqa: F401  registers LARS, LAMB, PMDLAMB
 from .amp_optim_wrapper import AGVMAmpOptimWrapper
 from .cgbn import CGBN
 from .clip_grad_hook import ClipGradWindowHook
-from .compat import allow_checkpoints, check_versions
+from .compat import (
+    allow_checkpoints,
+    check_versions,
+    find_mmseg_bases,
+    keep_gradients_of_checkpointed_modules,
+)
 from .hook import AGVMHook
 from .lr_scaling import RECIPES, RULES, LRRule, Recipe, find_rule
 from .optim_wrapper import AGVMOptimWrapper
@@ -19,6 +24,8 @@ from .version import __version__
 
 check_versions()
 allow_checkpoints()
+find_mmseg_bases()
+keep_gradients_of_checkpointed_modules()
 
 __all__ = [
     'AGVMAmpOptimWrapper',

@@ -1,5 +1,8 @@
 """What the hosting MMEngine and torch must have, checked and mended."""
 
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pickle import UnpicklingError
 from typing import Any, Callable
 
@@ -10,11 +13,14 @@ try:
 except ImportError as error:
     raise ImportError(
         'mmagvm needs MMEngine, which comes with OpenMMLab or with its onedl '
-        "fork: pip install 'mmagvm[openmmlab]'"
+        "fork: pip install 'mmagvm[openmmlab]' or 'mmagvm[onedl]'"
     ) from error
 import numpy as np
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import activation_checkpointing
 from mmengine.utils import digit_version
+from torch.utils.checkpoint import checkpoint
 
 MMENGINE_MINIMUM = '0.10.0'
 TORCH_MINIMUM = '2.1.0'
@@ -24,15 +30,40 @@ STATISTICS = ('min', 'max', 'current', 'mean')
 
 def check_versions() -> None:
     """Raise ImportError if the host is older than what was developed for."""
-    for name, version, minimum in (
+    for name, installed, minimum in (
         ('mmengine', mmengine.__version__, MMENGINE_MINIMUM),
         ('torch', torch.__version__, TORCH_MINIMUM),
     ):
-        if digit_version(version) < digit_version(minimum):
+        if digit_version(installed) < digit_version(minimum):
             raise ImportError(
                 f'mmagvm needs {name} >= {minimum}, but '
-                f'{version} is installed: upgrade {name}'
+                f'{installed} is installed: upgrade {name}'
             )
+
+
+def find_mmseg_bases() -> None:
+    """Let ``mmseg::`` bases be found in the onedl fork, as upstream's are.
+
+    MMEngine looks up where the package mmsegmentation lies, and the fork's
+    has another name. That of the module serves as well.
+    """
+    try:
+        version('mmsegmentation')
+    except PackageNotFoundError:
+        if find_spec('mmseg') is not None:
+            MODULE2PACKAGE['mmseg'] = 'mmseg'
+
+
+def keep_gradients_of_checkpointed_modules() -> None:
+    """Let MMEngine's ``activation_checkpointing`` train the first module too.
+
+    It takes torch's reentrant checkpointing, which gives no gradient to a
+    module whose inputs need none: a backbone, fed with images, silently
+    stays as it was initialized.
+    """
+    activation_checkpointing.checkpoint = partial(
+        checkpoint, use_reentrant=False
+    )
 
 
 def allow_checkpoints() -> None:

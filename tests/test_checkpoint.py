@@ -10,6 +10,9 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim import build_optim_wrapper
 from toy import MODULES, make_model, train, wrapper_cfg
 
+# with both package sets
+pytestmark = pytest.mark.host
+
 
 def trained(optimizer='SGD', updates=4, **settings):
     """A model and wrapper after some updates of two micro-batches."""

@@ -3,78 +3,19 @@
 import os
 import random
 import shutil
-import signal
 import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, assert_equal, finish, run, start, write_config
 from mmengine.config import Config
-from toy_runner import toy_cfg
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / 'tools'))
 
 import resume_utils  # noqa: E402
 from join_utils import timeout_seconds  # noqa: E402
 from resume_utils import choose, damage  # noqa: E402
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(('', 0))
-        return str(sock.getsockname()[1])
-
-
-def start(*args, **env):
-    """Start a command in the project's root, on the CPU."""
-    paths = [str(ROOT), str(ROOT / 'tests'), str(ROOT / 'tools')]
-    return subprocess.Popen(
-        [str(arg) for arg in args],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            'PORT': free_port(),
-            'CUDA_VISIBLE_DEVICES': '-1',
-            'OMP_NUM_THREADS': '1',
-            'PYTHONPATH': ':'.join(paths),
-            **env,
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # so that a hang can be ended with all its ranks
-        start_new_session=True,
-    )
-
-
-def finish(process, code=0):
-    """What a command printed; it must end, with this exit status."""
-    try:
-        output, _ = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == code, output[-5000:]
-    return output
-
-
-def run(*args, code=0, **env):
-    return finish(start(*args, **env), code)
-
-
-def write_config(work_dir, hook=None, **settings):
-    """A config file of the toy, for two ranks and so without accumulation."""
-    cfg = toy_cfg(work_dir, accumulative_counts=1, **settings)
-    if hook is not None:
-        cfg.custom_hooks.append(dict(type=hook))
-    cfg.custom_imports = dict(imports=['mmagvm', 'toy_runner'])
-    cfg.pop('experiment_name')
-    path = Path(f'{work_dir}.py')
-    cfg.dump(path)
-    return path
 
 
 def train(config, *args, ranks=2, **env):
@@ -99,23 +40,6 @@ def work_dir(whole, tmp_path):
     return copy
 
 
-def assert_equal(ours, other, path=''):
-    """Two checkpoints' parts, down to the bits of their tensors."""
-    assert type(ours) is type(other), path
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, other), path
-    elif isinstance(ours, dict):
-        assert ours.keys() == other.keys(), path
-        for key, value in ours.items():
-            assert_equal(value, other[key], f'{path}.{key}')
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(other), path
-        for i, (value, its) in enumerate(zip(ours, other)):
-            assert_equal(value, its, f'{path}[{i}]')
-    else:
-        assert ours == other, path
-
-
 def assert_same_training(work_dir, whole):
     ours, other = (
         torch.load(folder / 'epoch_2.pth') for folder in (work_dir, whole)
@@ -128,6 +52,7 @@ def assert_same_training(work_dir, whole):
 # -- a rank is killed
 
 
+@pytest.mark.host
 def test_killed_rank_is_restarted_and_resumes(whole, tmp_path):
     """By itself, from its own last checkpoint, to the same bits."""
     work_dir = tmp_path / 'run'

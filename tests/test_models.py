@@ -6,6 +6,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from toy import wrapper_cfg
 
+# with both package sets
+pytestmark = pytest.mark.host
+
 DETECTOR = ['backbone', 'neck', 'rpn_head', 'roi_head.bbox_head']
 SEGMENTER = ['backbone', 'decode_head', 'auxiliary_head']
 TRANSFORMER = ['backbone', 'neck', 'encoder', 'decoder', 'bbox_head']

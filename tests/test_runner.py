@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -14,7 +17,11 @@ from torch import nn
 from toy import MODULES
 from toy_runner import ITERATIONS, toy_cfg
 
+from mmagvm import compat
 from mmagvm.hook import useless_sync_bn
+
+# with both package sets
+pytestmark = pytest.mark.host
 
 
 @HOOKS.register_module()
@@ -114,6 +121,17 @@ def test_noise_scale_is_logged_in_images(tmp_path):
         assert lines[-1][f'agvm/{module}/noise_scale'] == pytest.approx(
             4 * samples[module]
         )
+
+
+@pytest.mark.parametrize('modules', ['backbone', ['backbone', 'neck']])
+def test_activation_checkpointing_changes_nothing(tmp_path, modules):
+    """MMEngine's setting, where the images that come in need no gradient."""
+    cfg = toy_cfg(tmp_path / 'checkpointed', max_epochs=1)
+    cfg.activation_checkpointing = modules
+    ours = run(cfg).model.state_dict()
+    other = run(toy_cfg(tmp_path / 'plain', max_epochs=1)).model.state_dict()
+    for name, weight in other.items():
+        assert torch.equal(ours[name], weight)
 
 
 def test_averaged_weights_change_nothing(tmp_path):
@@ -240,3 +258,16 @@ def test_old_host_is_refused(version, monkeypatch):
     monkeypatch.setattr(package, '__version__', '0.1')
     with pytest.raises(ImportError, match=f'needs {version} >= .*0.1 is'):
         check_versions()
+
+
+def test_mmseg_bases_are_found_without_mmsegmentation(monkeypatch):
+    """The fork has the module, in a package of another name."""
+
+    def version(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(compat, 'version', version)
+    monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'no-such-package')
+    compat.find_mmseg_bases()
+    base = 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py'
+    assert 'model' in Config.fromfile(Config._get_cfg_path(base, '')[0])

@@ -119,6 +119,7 @@ def test_no_scan_is_in_both_splits():
 # -- training, testing, drawing
 
 
+@pytest.mark.host
 def test_training_measures_and_modulates(work_dir):
     scalars = next(work_dir.glob('*/vis_data/scalars.json'))
     lines = [json.loads(text) for text in scalars.read_text().splitlines()]
@@ -130,6 +131,7 @@ def test_training_measures_and_modulates(work_dir):
     assert 'batch size 16 = 2 ranks x 8 images x 1 accumulated' in log
 
 
+@pytest.mark.host
 def test_checkpoint_is_resumed(work_dir, digits):
     done = command(
         *('bash', 'tools/dist_train.sh', QUICKSTART, '2'),
@@ -145,6 +147,7 @@ def test_checkpoint_is_resumed(work_dir, digits):
     assert [update for update, _ in state['history']] == [1, 3, 5, 7]
 
 
+@pytest.mark.host
 def test_checkpoint_is_evaluated(work_dir, digits, tmp_path):
     checkpoint = (work_dir / 'last_checkpoint').read_text()
     for launch in (
@@ -158,6 +161,23 @@ def test_checkpoint_is_evaluated(work_dir, digits, tmp_path):
         )
         assert 'coco/bbox_mAP: ' in done.stdout
         assert (tmp_path / 'out.pkl').exists()
+
+
+def test_mmdets_own_script_trains_and_resumes(digits, tmp_path):
+    """In one process: its launcher needs a GPU for each rank."""
+    import mmdet
+
+    script = Path(mmdet.__file__).parent / '.mim/tools/train.py'
+    for epochs in (1, 2):
+        done = command(
+            *(sys.executable, script, QUICKSTART, '--work-dir', tmp_path),
+            *('--resume', '--cfg-options', *digits_options(digits)),
+            *('optim_wrapper.accumulative_counts=2', 'optim_wrapper.begin=1'),
+            *('optim_wrapper.interval=1', f'train_cfg.max_epochs={epochs}'),
+        )
+    assert 'resumed epoch: 1' in done.stdout
+    state = torch.load(tmp_path / 'epoch_2.pth')['optimizer']['agvm']
+    assert state['measured'] > 0
 
 
 def test_picture_is_drawn(work_dir, tmp_path):
@@ -190,6 +210,7 @@ def test_picture_of_nothing_is_refused(tmp_path, content, message):
     assert message in done.stdout and 'Traceback' not in done.stdout
 
 
+@pytest.mark.host
 def test_segmenter_is_trained(tmp_path):
     """A small Semantic FPN of mmseg, by the same command."""
     rng = np.random.default_rng(0)

@@ -2,10 +2,11 @@
 
 import os
 import signal
+import subprocess
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import get_rank
+from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, HOOKS, MODELS
@@ -55,6 +56,16 @@ class KillRank(Hook):
             weight.register_hook(
                 lambda gradient: os.kill(os.getpid(), signal.SIGKILL)
             )
+
+
+@HOOKS.register_module()
+class CutLink(Hook):
+    """Has the last rank run the command CUT_LINK in the second epoch."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        last = get_world_size() - 1
+        if (runner.epoch, batch_idx, get_rank()) == (1, 1, last):
+            subprocess.run(os.environ.get('CUT_LINK', 'true').split())
 
 
 def toy_cfg(work_dir, optimizer='SGD', max_epochs=2, **settings):

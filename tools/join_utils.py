@@ -67,6 +67,44 @@ def deadline(seconds: float, happened: str) -> Iterator[None]:
         timer.cancel()
 
 
+#: What gloo says when a peer is gone or does not answer. It raises plain
+#: RuntimeErrors, where NCCL's are dist.DistError.
+LOST = (
+    'Timed out waiting',
+    'timeout caused pair closure',
+    'Connection closed by peer',
+    'Connection reset by peer',
+    'Broken pipe',
+)
+
+
+@contextmanager
+def lost_ranks_told(seconds: float) -> Iterator[None]:
+    """Say what to do if the other ranks are lost in the block.
+
+    Args:
+        seconds: How long a collective waits for them.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # dist.DistError is one
+        text = str(error)
+        if not isinstance(error, dist.DistError) and not any(
+            phrase in text for phrase in LOST
+        ):
+            raise
+        env = os.environ
+        raise SystemExit(f"""
+{text}
+Rank {env.get('RANK', 0)} on node {env.get('NODE_RANK', 0)} lost the others.
+- A rank that failed by itself causes this on all others: see what each node
+  printed, and mend the first error that is not this one.
+- If there is none, the network between nodes was cut, or a rank took more than
+  env_cfg.dist_cfg.timeout={seconds} seconds for one step or evaluation.
+Then start the same command on every node again, with --resume.
+""") from None
+
+
 def launcher_store(seconds: float) -> Optional[dist.Store]:
     """The store of torchrun, which outlives a restart of the ranks.
 

@@ -91,6 +91,13 @@ def join_ranks(cfg: Config) -> None:
         met.item()  # waits for the GPU
 
 
+def patience(cfg: Config) -> float:
+    """Seconds that ranks wait for each other in a collective."""
+    dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})
+    # torch's own for gloo, and for NCCL
+    return dist_cfg.get('timeout', 1800 if get_device() == 'cpu' else 600)
+
+
 def init_process_group(cfg: Config, store: Optional[dist.Store]) -> None:
     """MMEngine's process group, or one over gloo where there is no GPU.
 
@@ -100,7 +107,7 @@ def init_process_group(cfg: Config, store: Optional[dist.Store]) -> None:
     """
     env_cfg = cfg.get('env_cfg', {})
     dist_cfg = env_cfg.get('dist_cfg', {})
-    timeout = datetime.timedelta(seconds=dist_cfg.get('timeout', 1800))
+    timeout = datetime.timedelta(seconds=patience(cfg))
     group = {}
     if store is not None and get_device() in ('cpu', 'cuda'):
         # or ranks that were restarted would find in the store, which torchrun

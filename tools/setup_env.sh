@@ -1,14 +1,25 @@
 #!/usr/bin/env bash
-# Usage: tools/setup_env.sh
-# Makes .venv with pinned versions of everything, or finds that it is there.
+# Usage: tools/setup_env.sh [openmmlab | onedl]
+# Makes an environment with pinned versions of everything, or finds that it is
+# there: .venv with OpenMMLab's packages, or .venv-onedl with their fork.
 # PYTHON names the interpreter to use (default python3.11).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3.11}
+HOST=${1:-openmmlab}
+case $HOST in
+openmmlab) VENV=.venv ;;
+onedl) VENV=.venv-onedl ;;
+*)
+    sed -n '2,5s/^# //p' "$0" >&2
+    exit 2
+    ;;
+esac
 # what was installed from, so that a change of it installs anew
-stamp=$(cat requirements/*.txt setup.py tools/setup_env.sh | sha256sum)
-if [ "$(cat .venv/installed 2>/dev/null)" = "$stamp" ]; then
+stamp=$(cat requirements/{build,constraints,optimizers,runtime,tests,tools,"$HOST"}.txt \
+    setup.py tools/setup_env.sh | sha256sum)
+if [ "$(cat $VENV/installed 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
 if ! command -v "$PYTHON" >/dev/null; then
@@ -21,10 +32,10 @@ if ! command -v c++ >/dev/null; then
     exit 1
 fi
 
-echo "== Making .venv"
-[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-# shellcheck disable=SC1091
-source .venv/bin/activate
+echo "== Making $VENV"
+[ -x $VENV/bin/python ] || "$PYTHON" -m venv $VENV
+# shellcheck disable=SC1090,SC1091
+source $VENV/bin/activate
 # every package, whoever asks for it, in the version that is tested
 export PIP_CONSTRAINT=$PWD/requirements/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -46,8 +57,8 @@ fi
 if ! python -c 'import mmcv._ext' 2>/dev/null; then
     echo "== Building MMCV: some 10 minutes on 2 cores, unless pip has it cached"
     pip install --quiet --no-build-isolation "${mmcv_options[@]}" \
-        "$(grep '^mmcv==' requirements/openmmlab.txt)"
+        "$(grep -E '^(onedl-)?mmcv==' "requirements/$HOST.txt")"
 fi
 echo "== Installing MMDetection, MMSegmentation and mmagvm"
-pip install --quiet --no-build-isolation -e '.[openmmlab,optimizers,tools,tests]'
-echo "$stamp" > .venv/installed
+pip install --quiet --no-build-isolation -e ".[$HOST,optimizers,tools,tests]"
+echo "$stamp" > $VENV/installed

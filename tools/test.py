@@ -1,10 +1,12 @@
 """Evaluates a checkpoint of mmdet or mmseg on its test set."""
 
+from join_utils import lost_ranks_told
 from launch_utils import (
     build_runner,
     common_parser,
     join_ranks,
     load_config,
+    patience,
 )
 from mmengine.config import Config
 
@@ -71,7 +73,9 @@ def main():
     if args.out is not None:
         dump_predictions(cfg, args.out)
     join_ranks(cfg)
-    build_runner(cfg).test()
+    runner = build_runner(cfg)
+    with lost_ranks_told(patience(cfg)):
+        runner.test()
 
 
 if __name__ == '__main__':

@@ -1,10 +1,12 @@
 """Trains a model of mmdet or mmseg, with AGVM if its config says so."""
 
+from join_utils import lost_ranks_told
 from launch_utils import (
     build_runner,
     common_parser,
     join_ranks,
     load_config,
+    patience,
 )
 from mmengine.config import Config
 from resume_utils import choose_checkpoint
@@ -72,7 +74,8 @@ def main():
     runner = build_runner(cfg)
     if note:
         runner.logger.warning(note)
-    runner.train()
+    with lost_ranks_told(patience(cfg)):
+        runner.train()
 
 
 if __name__ == '__main__':

@@ -1,0 +1,84 @@
+"""Whole commands of the tools, on the toy, and what they leave behind."""
+
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import torch
+from toy_runner import toy_cfg
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(('', 0))
+        return str(sock.getsockname()[1])
+
+
+def start(*args, **env):
+    """Start a command in the project's root, on the CPU."""
+    paths = [str(ROOT), str(ROOT / 'tests'), str(ROOT / 'tools')]
+    return subprocess.Popen(
+        [str(arg) for arg in args],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            'PORT': free_port(),
+            'CUDA_VISIBLE_DEVICES': '-1',
+            'OMP_NUM_THREADS': '1',
+            'PYTHONPATH': ':'.join(paths),
+            **{name: str(value) for name, value in env.items()},
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # so that a hang can be ended with all its ranks
+        start_new_session=True,
+    )
+
+
+def finish(process, code=0):
+    """What a command printed; it must end, with this exit status."""
+    try:
+        output, _ = process.communicate(timeout=500)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == code, output[-5000:]
+    return output
+
+
+def run(*args, code=0, **env):
+    return finish(start(*args, **env), code)
+
+
+def write_config(work_dir, hook=None, **settings):
+    """A config file of the toy, for two ranks and so without accumulation."""
+    cfg = toy_cfg(work_dir, accumulative_counts=1, **settings)
+    if hook is not None:
+        cfg.custom_hooks.append(dict(type=hook))
+    cfg.custom_imports = dict(imports=['mmagvm', 'toy_runner'])
+    cfg.pop('experiment_name')
+    path = Path(f'{work_dir}.py')
+    cfg.dump(path)
+    return path
+
+
+def assert_equal(ours, other, path=''):
+    """Two checkpoints' parts, down to the bits of their tensors."""
+    assert type(ours) is type(other), path
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, other), path
+    elif isinstance(ours, dict):
+        assert ours.keys() == other.keys(), path
+        for key, value in ours.items():
+            assert_equal(value, other[key], f'{path}.{key}')
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(other), path
+        for i, (value, its) in enumerate(zip(ours, other)):
+            assert_equal(value, its, f'{path}[{i}]')
+    else:
+        assert ours == other, path
