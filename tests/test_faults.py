@@ -7,14 +7,11 @@ import socket
 import sys
 
 import pytest
-import torch
-from commands import ROOT, assert_equal, finish, run, start, write_config
-from mmengine.config import Config
-
-sys.path.insert(0, str(ROOT / 'tools'))
-
 import resume_utils  # noqa: E402
+import torch
+from commands import assert_equal, finish, run, start, write_config
 from join_utils import timeout_seconds  # noqa: E402
+from mmengine.config import Config
 from resume_utils import choose, damage  # noqa: E402
 
 

@@ -108,7 +108,6 @@ def test_digits_lie_inside_their_boxes_and_images(digits):
 
 
 def test_no_scan_is_in_both_splits():
-    sys.path.insert(0, str(ROOT / 'tools/dataset_converters'))
     from digits2coco import SCANS
 
     train, val = (set(range(1797)[SCANS[split]]) for split in SCANS)
