@@ -20,11 +20,12 @@ class AGVMHook(Hook):
     """Tells at the start what AGVM will do, and logs what it does.
 
     Publishes after every iteration, for each module, the last measured
-    ``agvm/<module>/variance`` (phi) and the ``agvm/<module>/lr_scale`` (mu)
-    in force, with the estimator 'pairs' also the ``agvm/<module>/noise_scale``
+    ``agvm_variance/<module>`` (phi) and the ``agvm_lr_scale/<module>`` (mu)
+    in force, with the estimator 'pairs' also the ``agvm_noise_scale/<module>``
     in images, all 1 until the first measurement, and ``agvm/measured`` and
     ``agvm/skipped``, the numbers of measurements that took effect and that
-    were dropped.
+    were dropped. TensorBoard and W&B group by what is before the first slash:
+    all modules of a quantity stand together.
 
     Raises:
         TypeError: The run's optimizer wrapper is not an AGVM one.
@@ -79,14 +80,14 @@ class AGVMHook(Hook):
         scalars: Dict[str, float] = {}
         noise_scale = wrapper.noise_scale
         for name in modulator.modules:
-            scalars[f'{name}/variance'] = modulator.variance[name]
-            scalars[f'{name}/lr_scale'] = modulator.lr_scale[name]
+            scalars[f'agvm_variance/{name}'] = modulator.variance[name]
+            scalars[f'agvm_lr_scale/{name}'] = modulator.lr_scale[name]
             if wrapper.estimator == 'pairs':
-                scalars[f'{name}/noise_scale'] = noise_scale[name]
-        scalars['measured'] = modulator.measured
-        scalars['skipped'] = modulator.skipped
+                scalars[f'agvm_noise_scale/{name}'] = noise_scale[name]
+        scalars['agvm/measured'] = modulator.measured
+        scalars['agvm/skipped'] = modulator.skipped
         for name, value in scalars.items():
-            key = f'train/agvm/{name}'
+            key = f'train/{name}'
             # a buffer of all values would be copied at every new one
             runner.message_hub.log_scalars.setdefault(
                 key, HistoryBuffer(max_length=1)

@@ -55,8 +55,8 @@ def test_every_module_is_logged_from_the_first_iteration(tmp_path):
     lines = [json.loads(text) for text in scalars.read_text().splitlines()]
     assert [line['step'] for line in lines] == list(range(1, ITERATIONS + 1))
     for line in lines[:3]:  # update 1 ends with iteration 4
-        assert {line[f'agvm/{m}/variance'] for m in MODULES} == {1.0}
-        assert {line[f'agvm/{m}/lr_scale'] for m in MODULES} == {1.0}
+        assert {line[f'agvm_variance/{m}'] for m in MODULES} == {1.0}
+        assert {line[f'agvm_lr_scale/{m}'] for m in MODULES} == {1.0}
     assert [line['agvm/measured'] for line in lines] == [
         0,
         0,
@@ -69,10 +69,10 @@ def test_every_module_is_logged_from_the_first_iteration(tmp_path):
     ]
     wrapper = runner.optim_wrapper
     for module in MODULES:
-        assert lines[-1][f'agvm/{module}/variance'] == pytest.approx(
+        assert lines[-1][f'agvm_variance/{module}'] == pytest.approx(
             wrapper.modulator.variance[module]
         )
-        assert lines[-1][f'agvm/{module}/lr_scale'] == pytest.approx(
+        assert lines[-1][f'agvm_lr_scale/{module}'] == pytest.approx(
             wrapper.modulator.lr_scale[module]
         )
     assert wrapper.modulator.lr_scale['neck'] != 1
@@ -107,11 +107,11 @@ def test_noise_scale_is_logged_in_images(tmp_path):
     runner = run(cfg)
     scalars = Path(runner.log_dir) / 'vis_data' / 'scalars.json'
     lines = [json.loads(text) for text in scalars.read_text().splitlines()]
-    assert lines[0]['agvm/neck/noise_scale'] == 1.0
+    assert lines[0]['agvm_noise_scale/neck'] == 1.0
     samples = runner.optim_wrapper.modulator.noise_scale
     for module in MODULES:
         # a sample is a micro-batch of 4 images
-        assert lines[-1][f'agvm/{module}/noise_scale'] == pytest.approx(
+        assert lines[-1][f'agvm_noise_scale/{module}'] == pytest.approx(
             4 * samples[module]
         )
 
