@@ -80,7 +80,8 @@ class Run:
                 np.concatenate([steps for steps, _ in self.series.values()])
             )
         steps, counts = self.series['agvm/measured']
-        return steps[np.diff(counts, prepend=0) != 0]
+        # none is left to count after a restart without AGVM's state
+        return steps[(np.diff(counts, prepend=0) != 0) & (counts > 0)]
 
 
 def load_run(work_dir: Path) -> Run:
@@ -187,31 +188,6 @@ def require_agvm(run: Run) -> None:
     else:
         why = 'is AGVMHook in its custom_hooks?'
     raise SystemExit(f'{run.work_dir}: no agvm series was logged: {why}')
-
-
-def commit(run: Run) -> Optional[str]:
-    """Version and commit of mmagvm that a run trained with, if recorded."""
-    recorded = (run.config or {}).get('mmagvm_version')
-    return recorded or _find_in_log(run, r'AGVM: mmagvm (\S+)')
-
-
-def seed(run: Run) -> Optional[int]:
-    """The seed that a run had, whether set or drawn."""
-    found = _find_in_log(run, r'^\s+seed: (\d+)$')
-    if found is not None:
-        return int(found)
-    return (run.config or {}).get('randomness', {}).get('seed')
-
-
-def _find_in_log(run: Run, pattern: str) -> Optional[str]:
-    """What a line of the last start's log says, if there is one."""
-    for log in reversed(run.logs):
-        with log.open(errors='replace') as lines:
-            for line in lines:
-                match = re.search(pattern, line)
-                if match:
-                    return match[1]
-    return None
 
 
 def _read_lines(
