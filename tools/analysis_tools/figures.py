@@ -155,6 +155,9 @@ def remarks(runs: Sequence[Run], names: Sequence[str]) -> List[str]:
                 f'{run.name}: agvm/measured was not logged; every logged line '
                 'counts as a measurement'
             )
+        if not run.modules:
+            lines.append(f'{run.name}: {missing(run, names[0])}')
+            continue
         if not run.setting('modulate', True):
             lines.append(f'{run.name}: modulate=False, lr_scale not applied')
         for name in names:

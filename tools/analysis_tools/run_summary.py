@@ -95,9 +95,10 @@ def divergence(run: Run) -> Optional[str]:
         return None
     first = int(steps[bad][0])
     found = [metrics(run).get(tag, 0) for tag in main_metrics([run])]
+    validated = max((s[-1] for s, _ in run.metrics.values()), default=-1)
     if bad[-1]:
         return f'diverged: the loss is NaN or infinite from iteration {first}'
-    if not any(value > 0 for value in found):
+    if validated >= first and not any(value > 0 for value in found):
         return (
             f'diverged: the loss was NaN or infinite at iteration {first}, '
             'and no validation after it found anything'
