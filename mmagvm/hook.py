@@ -28,7 +28,8 @@ class AGVMHook(Hook):
     in images, all 1 until the first measurement, and ``agvm/measured`` and
     ``agvm/skipped``, the numbers of measurements that took effect and that
     were dropped. ``agvm_update_time/measured`` and ``.../unmeasured`` are the
-    seconds that the last update of each kind took, once there was one.
+    seconds that the last update of each kind took, data loading apart, once
+    there was one.
 
     TensorBoard and W&B group by what is before the first slash: all modules
     of a quantity stand together. In TensorBoard's tab of custom scalars they
@@ -119,10 +120,14 @@ class AGVMHook(Hook):
         others.
         """
         wrapper = runner.optim_wrapper
-        timer = runner.message_hub.log_scalars.get('train/time')
-        if timer is None:
+        timers = runner.message_hub.log_scalars
+        if 'train/time' not in timers:
             return
-        self._seconds += timer.current()
+        # what is waited for data includes the logging of the iteration before
+        self._seconds += (
+            timers['train/time'].current()
+            - timers['train/data_time'].current()
+        )
         if wrapper.should_update():
             known = self._attempts
             self._attempts = attempts(wrapper)
