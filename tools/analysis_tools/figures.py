@@ -33,7 +33,6 @@ TEXT = {
     'axes.grid': True,
     'grid.color': '#dddddd',
     'grid.linewidth': 0.4,
-    'svg.hashsalt': 'mmagvm',  # the same picture is the same file
 }
 
 
@@ -365,3 +364,12 @@ def draw_curves(
             loc='outside lower center', handlelength=3, frameon=False
         )
     return figure
+
+
+def save(figure: plt.Figure, out: Any, suffix: str) -> None:
+    """Write a figure so that the same run gives the same file."""
+    undated = dict(svg={'Date': None}, pdf={'CreationDate': None})
+    with plt.rc_context({'svg.hashsalt': 'mmagvm'}):
+        figure.savefig(
+            out, format=suffix, dpi=300, metadata=undated.get(suffix)
+        )

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from figures import QUANTITIES, draw, remarks, smoothing_width
+from figures import QUANTITIES, draw, remarks, save, smoothing_width
 from run_log import load_runs, require_agvm
 
 
@@ -53,9 +53,7 @@ def main() -> None:
         figure = draw(runs, quantities)
         for suffix in args.formats:
             out = out_dir / f'{name}.{suffix}'
-            # without a date, the same run gives the same file
-            undated = dict(svg={'Date': None}, pdf={'CreationDate': None})
-            figure.savefig(out, dpi=300, metadata=undated.get(suffix))
+            save(figure, out, suffix)
         plt.close(figure)
         print(f'{out_dir / name}.{"|".join(args.formats)}')
     widths = sorted({smoothing_width(run) for run in runs})

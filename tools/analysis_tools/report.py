@@ -18,6 +18,7 @@ from figures import (
     draw_curves,
     module_styles,
     remarks,
+    save,
     smoothing_width,
 )
 from jinja2 import Environment, FileSystemLoader
@@ -192,8 +193,8 @@ def svg(figure: plt.Figure, prefix: str) -> str:
     Its ids start with ``prefix``, for they must differ in the whole page.
     """
     out = io.StringIO()
-    with plt.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'mmagvm'}):
-        figure.savefig(out, format='svg', metadata={'Date': None})
+    with plt.rc_context({'svg.fonttype': 'none'}):
+        save(figure, out, 'svg')
     plt.close(figure)
     text = out.getvalue()
     text = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{prefix}', text)
