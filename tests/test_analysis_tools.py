@@ -248,9 +248,14 @@ def test_pictures_of_a_trained_run(toy_run, tmp_path, monkeypatch, capsys):
         for suffix in ('png', 'svg', 'pdf')
     }
     assert 'toy: ' not in capsys.readouterr().err
-    before = (tmp_path / 'variance.svg').read_bytes()
-    call(plot_variance, monkeypatch, toy_run, '--out-dir', tmp_path)
-    assert (tmp_path / 'variance.svg').read_bytes() == before
+    figure = figures.draw([load_run(toy_run)], ['variance'])
+    figures.save(figure, tmp_path / 'again.svg', 'svg')
+    figures.plt.close(figure)
+    first, again = (
+        (tmp_path / f'{name}.svg').read_bytes()
+        for name in ('variance', 'again')
+    )
+    assert first == again
 
 
 # -- results

@@ -161,19 +161,18 @@ def test_checkpoint_is_evaluated(work_dir, digits, tmp_path):
 
 
 def test_picture_is_drawn(work_dir, tmp_path):
-    out = tmp_path / 'variance.png'
     command(
         sys.executable,
         'tools/analysis_tools/plot_variance.py',
         work_dir,
-        *('--out', out),
+        *('--out-dir', tmp_path, '--formats', 'png'),
     )
-    assert cv2.imread(str(out)).std() > 10
+    assert cv2.imread(str(tmp_path / 'overview.png')).std() > 10
 
 
 @pytest.mark.parametrize(
     'content, message',
-    [(None, 'no such work dir'), ('{"loss": 1}', 'none of its 1 runs')],
+    [(None, 'no such work dir'), ('{"loss": 1}', 'no training was logged')],
 )
 def test_picture_of_nothing_is_refused(tmp_path, content, message):
     work_dir = tmp_path / 'work'

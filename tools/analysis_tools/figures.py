@@ -206,18 +206,21 @@ def draw(
     styles: Optional[Dict[str, Dict[str, Any]]] = None,
     limits: Optional[Dict[str, Tuple[float, float]]] = None,
 ) -> plt.Figure:
-    """A figure with a panel for every run and quantity, on shared axes.
+    """A figure with a panel for every run, or for several quantities of one.
+
+    Panels of several runs share their axes.
 
     Args:
-        runs: One quantity's are laid out in a near-square grid.
-        names: Of :data:`QUANTITIES`; several stand below each other.
+        runs: Several, or one.
+        names: One of :data:`QUANTITIES`, or several if there is one run.
         styles: Of :func:`module_styles`. Defaults to these runs' own.
         limits: Of :func:`axis_limits`. Defaults to these runs' own.
     """
     styles = styles or module_styles(runs)
     limits = limits or axis_limits(runs, names)
-    columns = math.ceil(math.sqrt(len(runs))) if len(names) == 1 else len(runs)
-    rows = math.ceil(len(runs) / columns) if len(names) == 1 else len(names)
+    panels = [(run, name) for name in names for run in runs]
+    columns = math.ceil(math.sqrt(len(panels)))
+    rows = math.ceil(len(panels) / columns)
     width = COLUMN if columns == 1 else PAGE
     per_row = max(1, int(width / (0.055 * max(map(len, styles)) + 0.55)))
     legend = 0.15 * math.ceil(len(styles) / per_row) + 0.25
@@ -228,23 +231,24 @@ def draw(
             columns,
             figsize=(width, rows * panel + legend),
             sharex=True,
-            sharey='row' if len(names) > 1 else True,
+            sharey=len(names) == 1,
             squeeze=False,
             layout='constrained',
         )
-        panels = [(run, name) for name in names for run in runs]
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
         for i, (axis, (run, name)) in enumerate(zip(axes.flat, panels)):
             _draw_panel(axis, run, name, styles, limits[name])
             axis.set_xlim(limits['x'])
-            if i < len(runs):
+            if len(names) == 1:
                 axis.set_title(run.name)
-            if i % columns == 0:
+            if i % columns == 0 or len(names) > 1:
                 axis.set_ylabel(QUANTITIES[name].label)
             if i + columns >= len(panels):
                 axis.set_xlabel('iteration')
                 axis.tick_params(labelbottom=True)
+        if len(names) > 1:
+            figure.suptitle(runs[0].name, fontsize=TEXT['axes.titlesize'])
         figure.legend(
             handles=[
                 plt.Line2D([], [], label=module, **style)
