@@ -95,6 +95,18 @@ def test_trained_run_is_read(toy_run):
     assert run_summary.update_time(run)['measured']['count'] == 3
 
 
+def test_resumed_run_is_read(tmp_path):
+    for epochs in (1, 2):
+        cfg = toy_cfg(tmp_path / 'run', max_epochs=epochs)
+        cfg.resume = epochs == 2
+        cfg.experiment_name += f'_{epochs}'
+        Runner.from_cfg(cfg).train()
+    run = load_run(tmp_path / 'run')
+    assert run.series['loss'][0].tolist() == list(range(1, 2 * ITERATIONS + 1))
+    steps, _ = run.by_module('variance')['neck']
+    assert steps.tolist() == list(range(4, 2 * ITERATIONS + 1, 2))
+
+
 def test_pieces_of_a_resumed_run_join(tmp_path):
     write_run(tmp_path, lines_to(50, phi=1.0), '20260101_000001')
     write_run(
