@@ -376,6 +376,20 @@ def test_report(toy_run, tmp_path, monkeypatch):
     assert '<th>work_dir</th>' not in top and '<th>work_dir</th>' in fold
 
 
+def test_only_settings_that_differ_are_on_top(tmp_path):
+    configs = [
+        "work_dir = 'a'\nx = dict(same=1, y=[dict(z=2)])",
+        "work_dir = 'b'\nx = dict(same=1, y=[dict(z=3)], w=[1, 2])",
+    ]
+    runs = [
+        load_run(write_run(tmp_path / str(i), lines_to(10), config=config))
+        for i, config in enumerate(configs)
+    ]
+    different, rows = report.settings(runs)
+    assert different == [('x.w', ['-', '[1, 2]']), ('x.y.0.z', ['2', '3'])]
+    assert ('x.same', ['1', '1']) in rows
+
+
 # -- bad input: one sentence that names it
 
 
