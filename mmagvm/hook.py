@@ -1,6 +1,6 @@
 """Start-up checks and what is logged; no maths."""
 
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
@@ -72,7 +72,7 @@ class AGVMHook(Hook):
         wrapper.batch = batch
         fit_schedulers(wrapper, runner.param_schedulers or [])
         self._attempts = attempts(wrapper)
-        chart_modules_together(runner.visualizer)
+        chart_modules_together(runner.visualizer, quantities(wrapper))
         for line in describe(wrapper, runner):
             runner.logger.info(line)
         for name in useless_sync_bn(runner.model):
@@ -92,13 +92,11 @@ class AGVMHook(Hook):
         """Publish the scalars of the iteration."""
         wrapper = runner.optim_wrapper
         modulator = wrapper.modulator
-        scalars: Dict[str, float] = {}
-        noise_scale = wrapper.noise_scale
-        for name in modulator.modules:
-            scalars[f'agvm_variance/{name}'] = modulator.variance[name]
-            scalars[f'agvm_lr_scale/{name}'] = modulator.lr_scale[name]
-            if wrapper.estimator == 'pairs':
-                scalars[f'agvm_noise_scale/{name}'] = noise_scale[name]
+        scalars = {
+            f'agvm_{quantity}/{module}': values[module]
+            for quantity, values in quantities(wrapper).items()
+            for module in modulator.modules
+        }
         scalars['agvm/measured'] = modulator.measured
         scalars['agvm/skipped'] = modulator.skipped
         self._time_update(runner)
@@ -136,12 +134,25 @@ class AGVMHook(Hook):
             self._seconds = 0.0
 
 
+def quantities(wrapper: AGVMOptimWrapper) -> Dict[str, Dict[str, float]]:
+    """What is logged of every module, by quantity."""
+    found = dict(
+        variance=wrapper.modulator.variance,
+        lr_scale=wrapper.modulator.lr_scale,
+    )
+    if wrapper.estimator == 'pairs':
+        found['noise_scale'] = wrapper.noise_scale
+    return found
+
+
 def attempts(wrapper: AGVMOptimWrapper) -> int:
     """Measurements so far, whether they took effect or not."""
     return wrapper.modulator.measured + wrapper.modulator.skipped
 
 
-def chart_modules_together(visualizer: Visualizer) -> None:
+def chart_modules_together(
+    visualizer: Visualizer, names: Iterable[str]
+) -> None:
     """Ask TensorBoard for one chart of all modules for each quantity."""
     if not is_main_process():
         return
@@ -150,7 +161,7 @@ def chart_modules_together(visualizer: Visualizer) -> None:
             'Multiline',
             [f'(train/)?agvm_{quantity}/.*'],
         ]
-        for quantity in ('variance', 'lr_scale', 'noise_scale')
+        for quantity in names
     }
     for backend in visualizer._vis_backends.values():
         if isinstance(backend, TensorboardVisBackend):
