@@ -92,7 +92,8 @@ def test_trained_run_is_read(toy_run):
     assert run_summary.seed(run) == 0
     assert run_summary.batch_size(run) == 8
     assert re.match(r'\d+\.\d+\.\d+', run_summary.commit(run))
-    assert run_summary.update_time(run)['measured']['count'] == 3
+    # only update 0 was not measured
+    assert run_summary.update_time(run)['count'] == 1
 
 
 def test_resumed_run_is_read(tmp_path):
@@ -331,10 +332,20 @@ def test_time_of_measuring(tmp_path):
     for i, line in enumerate(lines):
         line['agvm_update_time/measured'] = 0.5 + 0.01 * i
         line['agvm_update_time/unmeasured'] = 0.1 + 0.01 * i
+    lines += [dict(lines[-1], step=50, iter=50)]  # nothing new
+    del lines[0]['agvm_update_time/measured']
     found = run_summary.update_time(load_run(write_run(tmp_path, lines)))
-    assert found['clear'] and found['measured']['count'] == 4
-    # 0.4 s more in one of ten updates of 0.115 s
-    assert found['share'] == pytest.approx(0.4 / (10 * 0.115 + 0.4))
+    assert found['count'] == 3
+    # 0.4 s more in one of ten updates of 0.12 s
+    for key in ('low', 'share', 'high'):
+        assert found[key] == pytest.approx(0.4 / (10 * 0.12 + 0.4))
+
+
+def test_interval_of_a_median():
+    # of 100 values the 41st and the 61st: 95 % of samples have it between
+    found = run_summary.median_interval(np.arange(100)[::-1])
+    assert found == (40, 49.5, 60)
+    assert run_summary.median_interval(np.array([3, 1, 2])) == (1, 2, 3)
 
 
 # -- the report

@@ -346,14 +346,20 @@ def axis_limits(
 
 
 def draw_curves(
-    runs: Sequence[Run], curves: Sequence[Series], label: str, width: int = 1
+    runs: Sequence[Run],
+    curves: Sequence[Optional[Series]],
+    label: str,
+    width: int = 1,
 ) -> plt.Figure:
-    """One line for each run, the mean over ``width`` values."""
+    """One line for each run that has one, the mean over ``width`` values."""
     with plt.rc_context(TEXT):
         figure, axis = plt.subplots(
             figsize=(COLUMN, 2.2 + 0.15 * len(runs)), layout='constrained'
         )
-        for i, (run, (steps, values)) in enumerate(zip(runs, curves)):
+        for i, (run, curve) in enumerate(zip(runs, curves)):
+            if curve is None:
+                continue
+            steps, values = curve
             every = max(1, len(steps) // 6)
             values = smooth(np.asarray(values, float), width)
             axis.plot(
@@ -362,6 +368,7 @@ def draw_curves(
                 markevery=(i * every // len(runs), every),
                 **line_style(i),
             )
+        axis.set_xlim(0, 1.02 * max(run.last_step for run in runs))
         axis.set_xlabel('iteration')
         axis.set_ylabel(label)
         figure.legend(

@@ -124,17 +124,18 @@ def costs(runs: Sequence[Run]) -> List[Row]:
                 skipped += f' (logged at iteration {steps}{more})'
         share = '-' if not run.modules else 'the log does not tell'
         if times:
-            share = f'{100 * times["share"]:.1f} % with one in '
-            share += f'{times["interval"]} measured'
-            if not times['clear']:
-                share += ', within noise: the quartiles overlap'
-        seconds = iteration_time(run)
+            share = (
+                '{share:.1%}, 95 % interval {low:.1%} to {high:.1%}, with one '
+                'in {interval} measured ({count} compared)'
+            ).format(**times)
+            if times['low'] <= 0 <= times['high']:
+                share += ': within noise'
         cells = {
             'measurements': f'{counts["measured"]:.0f}' if counts else '-',
             'skipped, for NaN or infinity': skipped,
-            'iteration': '-' if seconds is None else f'{seconds:.4g} s',
-            'measured update': _quartiles(times, 'measured'),
-            'other update': _quartiles(times, 'unmeasured'),
+            'iteration': _seconds(iteration_time(run)),
+            'measured update': _seconds(times and times['measured']),
+            'other update': _seconds(times and times['unmeasured']),
             "AGVM's share": share,
         }
         for name, cell in cells.items():
@@ -142,14 +143,8 @@ def costs(runs: Sequence[Run]) -> List[Row]:
     return list(rows.items())
 
 
-def _quartiles(times: Any, kind: str) -> str:
-    if not times:
-        return '-'
-    found = times[kind]
-    return (
-        f'{found["median"]:.4g} s, quartiles {found["low"]:.4g} to '
-        f'{found["high"]:.4g} s, {found["count"]} logged'
-    )
+def _seconds(value: Any) -> str:
+    return '-' if value is None else f'{value:.4g} s'
 
 
 def _cell(value: Any) -> str:
@@ -160,15 +155,13 @@ def _cell(value: Any) -> str:
 
 def sections(runs: List[Run]) -> Iterator[Dict[str, Any]]:
     """Titles, texts and pictures, in their order."""
+    tags = ['loss', *main_metrics(runs)]
     curves = []
-    logged = [run for run in runs if 'loss' in run.series]
-    if logged:
-        series = [run.series['loss'] for run in logged]
-        curves.append(draw_curves(logged, series, 'loss', width=5))
-    for tag in main_metrics(runs):
-        logged = [run for run in runs if tag in run.metrics]
-        series = [run.metrics[tag] for run in logged]
-        curves.append(draw_curves(logged, series, tag))
+    for tag in tags:
+        found = [{**run.metrics, **run.series}.get(tag) for run in runs]
+        if any(found):
+            width = 5 if tag == 'loss' else 1
+            curves.append(draw_curves(runs, found, tag, width))
     yield dict(
         title='Curves',
         text='The loss is the running mean of 5 logged values; metrics stand '

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 from run_log import Run
@@ -127,36 +127,59 @@ def iteration_time(run: Run) -> Optional[float]:
 
 
 def update_time(run: Run) -> Optional[Dict[str, Any]]:
-    """Seconds of measured updates and of others, and what follows.
+    """What measuring costs, from logged updates of both kinds.
+
+    A measured update is compared with the other one of the same logged line,
+    so that what slows both down cancels.
 
     Returns:
-        ``measured`` and ``unmeasured``: quartiles of the logged updates and
-        how many those are; ``share``: of the time of all updates, what
-        measuring one in ``interval`` adds, by the medians; ``clear``: whether
-        the quartiles are apart. None if the run did not log both.
+        ``measured`` and ``unmeasured``, median seconds; ``count``, the lines
+        compared; ``interval``; ``share``, of the time of ``interval`` updates
+        what one measurement adds, by the median difference; and ``low`` and
+        ``high``, the share by the ends of the median's 95 % interval. None if
+        the run did not log both kinds.
     """
-    found: Dict[str, Any] = {}
-    for kind in ('measured', 'unmeasured'):
-        if f'agvm_update_time/{kind}' not in run.series:
-            return None
-        _, seconds = run.series[f'agvm_update_time/{kind}']
-        seconds = seconds[np.diff(seconds, prepend=np.nan) != 0]
-        found[kind] = dict(
-            zip(
-                ('low', 'median', 'high'),
-                np.quantile(seconds, (0.25, 0.5, 0.75)),
-            ),
-            count=len(seconds),
-        )
-    slow, fast = found['measured'], found['unmeasured']
-    extra = slow['median'] - fast['median']
-    interval = run.setting('interval', 10)
-    return dict(
-        found,
-        interval=interval,
-        share=extra / (interval * fast['median'] + extra),
-        clear=slow['low'] > fast['high'],
+    logged = {
+        kind: dict(zip(*run.series.get(f'agvm_update_time/{kind}', ((), ()))))
+        for kind in ('measured', 'unmeasured')
+    }
+    steps = [
+        step for step in logged['measured'] if step in logged['unmeasured']
+    ]
+    if not steps:
+        return None
+    slow, fast = (
+        np.array([seconds[step] for step in steps])
+        for seconds in logged.values()
     )
+    new = (np.diff(slow, prepend=0) != 0) & (np.diff(fast, prepend=0) != 0)
+    slow, fast = slow[new], fast[new]
+    interval = run.setting('interval', 10)
+    shares = [
+        extra / (interval * np.median(fast) + extra)
+        for extra in median_interval(slow - fast)
+    ]
+    return dict(
+        measured=float(np.median(slow)),
+        unmeasured=float(np.median(fast)),
+        count=len(slow),
+        interval=interval,
+        **dict(zip(('low', 'share', 'high'), shares)),
+    )
+
+
+def median_interval(values: np.ndarray) -> Tuple[float, float, float]:
+    """The median between the ends of its 95 % interval.
+
+    They are two of the values, of ranks that suppose nothing of the
+    distribution (the binomial's, by its normal approximation).
+    """
+    ordered = np.sort(values)
+    n = len(ordered)
+    half = 1.96 * np.sqrt(n) / 2
+    low = max(int(np.floor(n / 2 - half)), 0)
+    high = min(int(np.ceil(n / 2 + half)), n - 1)
+    return float(ordered[low]), float(np.median(ordered)), float(ordered[high])
 
 
 def _search(file: Path, pattern: str) -> Optional[str]:
