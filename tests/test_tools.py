@@ -125,8 +125,8 @@ def test_training_measures_and_modulates(work_dir):
     lines = [json.loads(text) for text in scalars.read_text().splitlines()]
     train = [line for line in lines if 'loss' in line]
     assert [line['agvm/measured'] for line in train] == [0, 1, 1, 2, 2, 3]
-    assert train[-1]['agvm/neck/lr_scale'] != 1
-    assert train[-1]['agvm/backbone/lr_scale'] == 1
+    assert train[-1]['agvm_lr_scale/neck'] != 1
+    assert train[-1]['agvm_lr_scale/backbone'] == 1
     log = next(work_dir.glob('*/*.log')).read_text()
     assert 'batch size 16 = 2 ranks x 8 images x 1 accumulated' in log
 
@@ -181,19 +181,18 @@ def test_mmdets_own_script_trains_and_resumes(digits, tmp_path):
 
 
 def test_picture_is_drawn(work_dir, tmp_path):
-    out = tmp_path / 'variance.png'
     command(
         sys.executable,
         'tools/analysis_tools/plot_variance.py',
         work_dir,
-        *('--out', out),
+        *('--out-dir', tmp_path, '--formats', 'png'),
     )
-    assert cv2.imread(str(out)).std() > 10
+    assert cv2.imread(str(tmp_path / 'overview.png')).std() > 10
 
 
 @pytest.mark.parametrize(
     'content, message',
-    [(None, 'no such work dir'), ('{"loss": 1}', 'none of its 1 runs')],
+    [(None, 'no such work dir'), ('{"loss": 1}', 'no training was logged')],
 )
 def test_picture_of_nothing_is_refused(tmp_path, content, message):
     work_dir = tmp_path / 'work'

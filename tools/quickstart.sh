@@ -61,14 +61,13 @@ echo "== Evaluating and drawing"
 checkpoint=$(cat $WORK_DIR/last_checkpoint)
 python tools/test.py $CONFIG "$checkpoint" --work-dir $WORK_DIR \
     > $WORK_DIR/test.log 2>&1
-python tools/analysis_tools/plot_variance.py $WORK_DIR \
-    --out $WORK_DIR/variance.png
+python tools/analysis_tools/plot_variance.py $WORK_DIR --formats png
 ap=$(grep -o 'coco/bbox_mAP: [0-9.]*' $WORK_DIR/test.log | tail -n 1)
 
 cat <<END
 
 Trained in $((took / 60)) min $((took % 60)) s; ${ap/coco\/bbox_mAP/COCO box AP}
-  picture     $WORK_DIR/variance.png
+  pictures    $WORK_DIR/*.png, first overview.png
   log         $log_dir
   checkpoint  $checkpoint
 END
