@@ -13,7 +13,7 @@ background is the one class of stuff, and semantic maps as ADE20K has them
 import argparse
 import json
 from pathlib import Path
-from typing import Dict, List, Tuple, Union
+from typing import Dict, List, Sequence, Tuple, Union
 
 import cv2
 import numpy as np
@@ -139,12 +139,26 @@ def describe_segments(
     ]
 
 
-def make_split(out_dir: Path, split: str, num_images: int, seed: int) -> None:
-    """Write images, maps and annotations/*.json of a split."""
+def make_split(
+    out_dir: Path,
+    split: str,
+    num_images: int,
+    seed: Union[int, Sequence[int]],
+    scans: slice,
+) -> None:
+    """Write images, maps and annotations/*.json of a split.
+
+    Args:
+        out_dir: Where the data set is.
+        split: Its name.
+        num_images: How many to draw.
+        seed: Of what is random; two splits should not share one.
+        scans: Those of the 1797 that its images show.
+    """
     digits = load_digits()
-    scans = digits.images[SCANS[split]]
-    labels = digits.target[SCANS[split]]
-    rng = np.random.default_rng([seed, sorted(SCANS).index(split)])
+    labels = digits.target[scans]
+    scans = digits.images[scans]
+    rng = np.random.default_rng(seed)
     for folder in (
         split,
         f'panoptic_{split}',
@@ -213,8 +227,12 @@ def main() -> None:
     parser.add_argument('--val', type=int, default=500, help='images')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
-    for split, num_images in (('train', args.train), ('val', args.val)):
-        make_split(args.out_dir, split, num_images, args.seed)
+    for number, (split, num_images) in enumerate(
+        (('train', args.train), ('val', args.val))
+    ):
+        make_split(
+            args.out_dir, split, num_images, [args.seed, number], SCANS[split]
+        )
     print(
         f'{args.train} training and {args.val} validation images of '
         f'handwritten digits in {args.out_dir}'

@@ -1,0 +1,290 @@
+# Every run of the study, declared in the order of what it tells. Read by
+# run_study.py; another file may inherit this one and change it, as smoke.py
+# does. Nothing here was chosen by looking at test images.
+
+# -- data: digits, with scans of its own for training, tuning and testing
+data = dict(
+    root='data/study/',
+    seed=7,
+    image_size=64,
+    # images, and the first and the last + 1 of scikit-learn's 1797 scans
+    train=dict(images=4096, scans=(0, 1097)),
+    tune=dict(images=400, scans=(1097, 1347)),
+    test=dict(images=400, scans=(1347, 1797)),
+)
+# scans of the training split, shown one by one
+pretraining = dict(images=40000, batch_size=128, lr=0.1)
+
+# -- training, fixed in epochs: a batch 8 times as large has an eighth of the
+# updates. Epochs and decay are those of the paper's Faster R-CNN.
+training = dict(
+    epochs=16,
+    decay_epochs=(12, 14),
+    warmup_epochs=2,
+    # images in a forward pass, so in a batch norm, whatever the batch size is;
+    # these micro-batches are AGVM's samples
+    micro_batch=16,
+    # updates / tau, so that tau follows from the batch size; in the paper's
+    # Faster R-CNN it is 734, 368 and 368 at 256, 512 and 1024
+    measurements=256,
+    ema_decay=0.97,
+    estimator='pairs',
+)
+
+# -- models: mmdet's and mmseg's, made small enough for a CPU core
+backbone = dict(
+    depth=18,
+    num_stages=3,
+    out_indices=(0, 1, 2),
+    strides=(1, 2, 2),
+    dilations=(1, 1, 1),
+    base_channels=16,
+    frozen_stages=-1,
+    norm_eval=False,
+)
+neck = dict(in_channels=[16, 32, 64], out_channels=32, num_outs=3)
+faster_rcnn = dict(
+    backbone=backbone,
+    neck=neck,
+    rpn_head=dict(
+        in_channels=32,
+        feat_channels=32,
+        anchor_generator=dict(scales=[4], ratios=[1.3], strides=[4, 8, 16]),
+    ),
+    roi_head=dict(
+        bbox_roi_extractor=dict(
+            out_channels=32,
+            featmap_strides=[4, 8, 16],
+            finest_scale=16,
+            roi_layer=dict(sampling_ratio=1),
+        ),
+        bbox_head=dict(in_channels=32, fc_out_channels=64, num_classes=10),
+    ),
+    train_cfg=dict(
+        rpn=dict(sampler=dict(num=32)),
+        rpn_proposal=dict(nms_pre=50, max_per_img=30),
+        rcnn=dict(sampler=dict(num=16)),
+    ),
+    test_cfg=dict(
+        rpn=dict(nms_pre=50, max_per_img=30), rcnn=dict(max_per_img=20)
+    ),
+)
+masks = dict(
+    roi_head=dict(
+        mask_roi_extractor=dict(
+            out_channels=32,
+            featmap_strides=[4, 8, 16],
+            finest_scale=16,
+            roi_layer=dict(output_size=7, sampling_ratio=1),
+        ),
+        mask_head=dict(
+            num_convs=2, in_channels=32, conv_out_channels=32, num_classes=10
+        ),
+    ),
+    train_cfg=dict(rcnn=dict(mask_size=14)),
+)
+models = dict(
+    faster_rcnn=dict(
+        base='mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+        model=[faster_rcnn],
+        metric='coco/bbox_mAP',
+    ),
+    mask_rcnn=dict(
+        base='mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+        model=[faster_rcnn, masks],
+        metric='coco/segm_mAP',
+    ),
+    retinanet=dict(
+        base='mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+        model=[
+            dict(
+                backbone=backbone,
+                neck=dict(
+                    neck, start_level=0, add_extra_convs=False, num_outs=3
+                ),
+                bbox_head=dict(
+                    num_classes=10,
+                    in_channels=32,
+                    feat_channels=32,
+                    stacked_convs=2,
+                    anchor_generator=dict(
+                        octave_base_scale=3,
+                        scales_per_octave=2,
+                        ratios=[1.3],
+                        strides=[4, 8, 16],
+                    ),
+                ),
+                test_cfg=dict(nms_pre=100, max_per_img=20),
+            )
+        ],
+        metric='coco/bbox_mAP',
+    ),
+    sem_fpn=dict(
+        base='mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py',
+        model=[
+            dict(
+                pretrained=None,
+                data_preprocessor=dict(size=(64, 64)),
+                backbone=dict(
+                    backbone,
+                    type='ResNet',
+                    norm_cfg=dict(type='BN'),
+                    contract_dilation=False,
+                ),
+                neck=neck,
+                decode_head=dict(
+                    in_channels=[32] * 3,
+                    in_index=[0, 1, 2],
+                    feature_strides=[4, 8, 16],
+                    channels=32,
+                    num_classes=11,
+                    norm_cfg=dict(type='BN'),
+                ),
+            )
+        ],
+        metric='mIoU',
+    ),
+)
+
+# -- methods: what is the same for each of them is its budget, a grid of four
+# rates a factor of two apart, moved on while the best is at its end, at most
+# `grid_moves` times. Each is measured, only AGVM is modulated.
+grid_moves = 2
+sgd = dict(type='SGD', momentum=0.9, weight_decay=1e-4)
+adamw = dict(type='AdamW', weight_decay=0.05)
+sgd_rates = [0.02, 0.04, 0.08, 0.16]
+adamw_rates = [5e-4, 1e-3, 2e-3, 4e-3]
+lamb_rates = [2.5e-3, 5e-3, 1e-2, 2e-2]
+methods = dict(
+    sgd=dict(optimizer=sgd, modulate=False, rates=sgd_rates),
+    agvm_sgd=dict(optimizer=sgd, modulate=True, rates=sgd_rates),
+    # twenty times the usual trust coefficient, so that biases and norm layers,
+    # which have none, can bear the same rate
+    lars=dict(
+        optimizer=dict(sgd, type='LARS', trust_coefficient=0.02),
+        modulate=False,
+        rates=[0.04, 0.08, 0.16, 0.32],
+    ),
+    adamw=dict(optimizer=adamw, modulate=False, rates=adamw_rates),
+    agvm_adamw=dict(optimizer=adamw, modulate=True, rates=adamw_rates),
+    lamb=dict(
+        optimizer=dict(adamw, type='LAMB'), modulate=False, rates=lamb_rates
+    ),
+    pmd_lamb=dict(
+        optimizer=dict(adamw, type='PMDLAMB'),
+        modulate=False,
+        rates=lamb_rates,
+    ),
+)
+
+# -- changes to a run, by name: what is merged into its config
+variants = dict(
+    no_fpn=dict(
+        model=dict(
+            backbone=dict(out_indices=(2,)),
+            neck=None,
+            rpn_head=dict(
+                in_channels=64,
+                anchor_generator=dict(scales=[1, 2], strides=[16]),
+            ),
+            roi_head=dict(
+                bbox_roi_extractor=dict(out_channels=64, featmap_strides=[16]),
+                bbox_head=dict(in_channels=64),
+            ),
+        )
+    ),
+    few_proposals=dict(
+        model=dict(train_cfg=dict(rcnn=dict(sampler=dict(num=2))))
+    ),
+    frozen_head=dict(
+        optim_wrapper=dict(
+            paramwise_cfg=dict(
+                custom_keys={'roi_head.bbox_head': dict(lr_mult=0.0)}
+            )
+        )
+    ),
+    tau_4=dict(optim_wrapper=dict(interval=4)),
+    tau_16=dict(optim_wrapper=dict(interval=16)),
+    alpha_9=dict(optim_wrapper=dict(ema_decay=0.9)),
+    alpha_99=dict(optim_wrapper=dict(ema_decay=0.99)),
+    anchor_neck=dict(optim_wrapper=dict(anchor='neck')),
+    anchor_rpn=dict(optim_wrapper=dict(anchor='rpn_head')),
+    anchor_head=dict(optim_wrapper=dict(anchor='roi_head.bbox_head')),
+    range_2=dict(optim_wrapper=dict(ratio_range=(0.5, 2.0))),
+    range_official=dict(optim_wrapper=dict(ratio_range=(0.707, 3.16))),
+    split=dict(optim_wrapper=dict(estimator='split')),
+    begin_0=dict(optim_wrapper=dict(begin=0)),
+    begin_late=dict(optim_wrapper=dict(begin=128)),
+    clip_5=dict(optim_wrapper=dict(clip_grad=dict(max_norm=5))),
+)
+
+# -- stages, done one after the other. A stage's cells are all its models,
+# methods, batch sizes and variants. Each is tuned with `tune_seed`, but cells
+# with a variant, which take the rate that was best without; then it is trained
+# with its best rate and each of `seeds`, and tested.
+tune_seed = 0
+stages = [
+    dict(
+        name='SGD and AGVM at the reference and the largest batch',
+        models=['faster_rcnn'],
+        methods=['sgd', 'agvm_sgd'],
+        batch_sizes=[32, 256],
+        seeds=[1, 2, 3],
+    ),
+    dict(
+        name='LARS, AdamW and LAMB at the largest batch',
+        models=['faster_rcnn'],
+        methods=['lars', 'adamw', 'agvm_adamw', 'lamb', 'pmd_lamb'],
+        batch_sizes=[256],
+        seeds=[1, 2, 3],
+    ),
+    dict(
+        name='the same at the reference batch',
+        models=['faster_rcnn'],
+        methods=['lars', 'adamw', 'agvm_adamw', 'lamb', 'pmd_lamb'],
+        batch_sizes=[32],
+        seeds=[1, 2, 3],
+    ),
+    dict(
+        name='what misaligns the variances',
+        models=['faster_rcnn'],
+        methods=['sgd'],
+        batch_sizes=[32, 256],
+        variants=['no_fpn', 'few_proposals', 'frozen_head'],
+        seeds=[1],
+    ),
+    dict(
+        name="AGVM's settings",
+        models=['faster_rcnn'],
+        methods=['agvm_sgd'],
+        batch_sizes=[256],
+        variants=[
+            *('tau_4', 'tau_16', 'alpha_9', 'alpha_99'),
+            *('anchor_neck', 'anchor_rpn', 'anchor_head'),
+            *('range_2', 'range_official', 'split'),
+            *('begin_0', 'begin_late', 'clip_5'),
+        ],
+        seeds=[1, 2, 3],
+    ),
+    dict(
+        name='one batch in between',
+        models=['faster_rcnn'],
+        methods=['sgd', 'agvm_sgd'],
+        batch_sizes=[128],
+        seeds=[1, 2, 3],
+    ),
+    dict(
+        name='other pipelines',
+        models=['retinanet', 'mask_rcnn', 'sem_fpn'],
+        methods=['sgd', 'agvm_sgd'],
+        batch_sizes=[32, 256],
+        seeds=[1, 2, 3],
+    ),
+    dict(
+        name='the other methods at the batch in between',
+        models=['faster_rcnn'],
+        methods=['lars', 'adamw', 'agvm_adamw', 'lamb', 'pmd_lamb'],
+        batch_sizes=[128],
+        seeds=[1, 2, 3],
+    ),
+]

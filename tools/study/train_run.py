@@ -1,0 +1,117 @@
+"""Trains one run of the study; writes what came of it as JSON."""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Mapping
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import MessageHub
+from mmengine.runner import Runner
+from plan import Run
+from run_config import make_config
+from run_log import QUANTITIES, Series, load_run
+from run_log import Run as Log
+from run_summary import measurements, update_time
+
+from mmagvm.version import full_version
+
+#: Means that a series is reduced to, to keep the results small.
+BINS = 32
+
+
+def train(study: Mapping[str, Any], run: Run, work_dir: Path) -> Dict:
+    """Train and evaluate a run.
+
+    Returns:
+        What identifies the run; ``status``, 'ended' or 'diverged';
+        ``metrics``, for runs that are not for tuning also of the test split,
+        0 where it diverged; and what its log says.
+    """
+    runner = Runner.from_cfg(make_config(study, run, work_dir))
+    metric = study['models'][run.cell.model]['metric']
+    status = 'ended'
+    started = time.perf_counter()
+    try:
+        runner.train()
+        metrics = dict(tune=validated(runner, metric))
+        if run.seed != study['tune_seed']:
+            metrics['test'] = float(runner.test()[metric])
+    except Exception:
+        if not diverged(runner):
+            raise
+        status, metrics = 'diverged', dict(tune=0.0, test=0.0)
+    return dict(
+        run.to_dict(),
+        status=status,
+        metrics=metrics,
+        seconds=round(time.perf_counter() - started, 1),
+        **summary(load_run(work_dir)),
+        commit=full_version(),
+        torch=torch.__version__,
+        device=str(next(runner.model.parameters()).device.type),
+        date=time.strftime('%Y-%m-%d', time.gmtime()),
+    )
+
+
+def validated(runner: Runner, metric: str) -> float:
+    """The metric of the validation that ended the training."""
+    return float(runner.message_hub.get_scalar(f'val/{metric}').current())
+
+
+def diverged(runner: Runner) -> bool:
+    """Whether the loss or a weight is not finite."""
+    losses = MessageHub.get_current_instance().log_scalars.get('train/loss')
+    return (losses is not None and not math.isfinite(losses.current())) or any(
+        not param.isfinite().all() for param in runner.model.parameters()
+    )
+
+
+def summary(log: Log) -> Dict[str, Any]:
+    """Series of a log, in BINS means each, and what AGVM counted and cost."""
+    series = {
+        quantity: {
+            module: binned(values, log.last_step)
+            for module, values in log.by_module(quantity).items()
+        }
+        for quantity in QUANTITIES
+    }
+    return dict(
+        iterations=log.last_step,
+        loss=binned(log.series['loss'], log.last_step),
+        **series,
+        measurements=measurements(log),
+        update_time=update_time(log),
+    )
+
+
+def binned(series: Series, last: int) -> List[Any]:
+    """Means over equal parts of 0 to ``last``; None where there are none."""
+    steps, values = series
+    parts = np.minimum(steps * BINS // (last + 1), BINS - 1)
+    means = []
+    for part in range(BINS):
+        inside = values[(parts == part) & np.isfinite(values)]
+        means.append(float(f'{inside.mean():.4g}') if len(inside) else None)
+    return means
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('study', help='declaration of the study')
+    parser.add_argument('run', help='the run, as JSON')
+    parser.add_argument('work_dir', type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    study = Config.fromfile(args.study)
+    run = Run.from_dict(json.loads(args.run))
+    result = train(study, run, args.work_dir)
+    (args.work_dir / 'result.json').write_text(json.dumps(result))
+
+
+if __name__ == '__main__':
+    main()
