@@ -2,11 +2,13 @@
 
 from typing import Any, Dict, List, Optional, Sequence
 
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import _ParamScheduler
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from mmengine.visualization import TensorboardVisBackend, Visualizer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader
 from .cgbn import CGBN
 from .lr_scaling import find_rule
 from .optim_wrapper import AGVMOptimWrapper
+from .version import full_version
 
 
 @HOOKS.register_module()
@@ -21,11 +24,16 @@ class AGVMHook(Hook):
     """Tells at the start what AGVM will do, and logs what it does.
 
     Publishes after every iteration, for each module, the last measured
-    ``agvm/<module>/variance`` (phi) and the ``agvm/<module>/lr_scale`` (mu)
-    in force, with the estimator 'pairs' also the ``agvm/<module>/noise_scale``
+    ``agvm_variance/<module>`` (phi) and the ``agvm_lr_scale/<module>`` (mu)
+    in force, with the estimator 'pairs' also the ``agvm_noise_scale/<module>``
     in images, all 1 until the first measurement, and ``agvm/measured`` and
     ``agvm/skipped``, the numbers of measurements that took effect and that
-    were dropped.
+    were dropped. ``agvm_update_time/measured`` and ``.../unmeasured`` are the
+    seconds that the last update of each kind took, once there was one.
+
+    TensorBoard and W&B group by what is before the first slash: all modules
+    of a quantity stand together. In TensorBoard's tab of custom scalars they
+    share a chart.
 
     Raises:
         TypeError: The run's optimizer wrapper is not an AGVM one.
@@ -33,6 +41,11 @@ class AGVMHook(Hook):
 
     # before LoggerHook, which is BELOW_NORMAL
     priority = 'NORMAL'
+
+    def __init__(self) -> None:
+        self._seconds = 0.0  # of the update that is under way
+        self._update_time: Dict[str, float] = {}
+        self._attempts = 0
 
     def before_train(self, runner: Runner) -> None:
         """Check the setting and describe it in the log."""
@@ -58,6 +71,8 @@ class AGVMHook(Hook):
             )
         wrapper.batch = batch
         fit_schedulers(wrapper, runner.param_schedulers or [])
+        self._attempts = attempts(wrapper)
+        chart_modules_together(runner.visualizer)
         for line in describe(wrapper, runner):
             runner.logger.info(line)
         for name in useless_sync_bn(runner.model):
@@ -81,20 +96,62 @@ class AGVMHook(Hook):
         scalars: Dict[str, float] = {}
         noise_scale = wrapper.noise_scale
         for name in modulator.modules:
-            scalars[f'{name}/variance'] = modulator.variance[name]
-            scalars[f'{name}/lr_scale'] = modulator.lr_scale[name]
+            scalars[f'agvm_variance/{name}'] = modulator.variance[name]
+            scalars[f'agvm_lr_scale/{name}'] = modulator.lr_scale[name]
             if wrapper.estimator == 'pairs':
-                scalars[f'{name}/noise_scale'] = noise_scale[name]
-        scalars['measured'] = modulator.measured
-        scalars['skipped'] = modulator.skipped
+                scalars[f'agvm_noise_scale/{name}'] = noise_scale[name]
+        scalars['agvm/measured'] = modulator.measured
+        scalars['agvm/skipped'] = modulator.skipped
+        self._time_update(runner)
+        for kind, seconds in self._update_time.items():
+            scalars[f'agvm_update_time/{kind}'] = seconds
         for name, value in scalars.items():
-            key = f'train/agvm/{name}'
+            key = f'train/{name}'
             # a buffer of all values would be copied at every new one
             runner.message_hub.log_scalars.setdefault(
                 key, HistoryBuffer(max_length=1)
             )
             # resumed=False: or the series would go into checkpoints
             runner.message_hub.update_scalar(key, value, resumed=False)
+
+    def _time_update(self, runner: Runner) -> None:
+        """Add what IterTimerHook, if there is one, measured of an update.
+
+        MMEngine logs means over iterations, which mix measured updates with
+        others.
+        """
+        wrapper = runner.optim_wrapper
+        timer = runner.message_hub.log_scalars.get('train/time')
+        if timer is None:
+            return
+        self._seconds += timer.current()
+        if wrapper.should_update():
+            known = self._attempts
+            self._attempts = attempts(wrapper)
+            kind = 'unmeasured' if self._attempts == known else 'measured'
+            self._update_time[kind] = self._seconds
+            self._seconds = 0.0
+
+
+def attempts(wrapper: AGVMOptimWrapper) -> int:
+    """Measurements so far, whether they took effect or not."""
+    return wrapper.modulator.measured + wrapper.modulator.skipped
+
+
+def chart_modules_together(visualizer: Visualizer) -> None:
+    """Ask TensorBoard for one chart of all modules for each quantity."""
+    if not is_main_process():
+        return
+    charts = {
+        f'{quantity} by module': [
+            'Multiline',
+            [f'(train/)?agvm_{quantity}/.*'],
+        ]
+        for quantity in ('variance', 'lr_scale', 'noise_scale')
+    }
+    for backend in visualizer._vis_backends.values():
+        if isinstance(backend, TensorboardVisBackend):
+            backend.experiment.add_custom_scalars({'AGVM': charts})
 
 
 def images_per_rank(dataloader: 'DataLoader[Any]') -> int:
@@ -146,6 +203,7 @@ def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
     effect = '' if wrapper.modulate else ', modulates nothing'
     until = '' if wrapper.end is None else f' to {wrapper.end}'
     lines = [
+        f'AGVM: mmagvm {full_version()}',
         f'AGVM: batch size {batch_size} = {batch["ranks"]} ranks x '
         f'{batch["images_per_rank"]} images x {batch["accumulative_counts"]} '
         'accumulated micro-batches',

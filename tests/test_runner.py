@@ -19,6 +19,7 @@ from toy_runner import ITERATIONS, toy_cfg
 
 from mmagvm import compat
 from mmagvm.hook import useless_sync_bn
+from mmagvm.version import full_version
 
 # with both package sets
 pytestmark = pytest.mark.host
@@ -39,6 +40,11 @@ def run(cfg):
     return runner
 
 
+def train_lines(runner):
+    scalars = Path(runner.log_dir) / 'vis_data' / 'scalars.json'
+    return [json.loads(text) for text in scalars.read_text().splitlines()]
+
+
 def log_of(runner):
     return next(Path(runner.log_dir).glob('*.log')).read_text()
 
@@ -47,6 +53,7 @@ def test_start_is_described(tmp_path):
     log = log_of(run(toy_cfg(tmp_path / 'run', max_epochs=1)))
     for line in (
         'batch size 8 = 1 ranks x 4 images x 2 accumulated micro-batches',
+        f'mmagvm {full_version()}',
         "SGD with learning rate 0.05; the paper's rule for COCO gives 0.01 ",
         'measures every 1 updates from update 1; all modules follow backbone',
         'module backbone: 133 parameters in 1 group(s), lr_scale 1.000',
@@ -58,12 +65,11 @@ def test_start_is_described(tmp_path):
 
 def test_every_module_is_logged_from_the_first_iteration(tmp_path):
     runner = run(toy_cfg(tmp_path / 'run', max_epochs=1))
-    scalars = Path(runner.log_dir) / 'vis_data' / 'scalars.json'
-    lines = [json.loads(text) for text in scalars.read_text().splitlines()]
+    lines = train_lines(runner)
     assert [line['step'] for line in lines] == list(range(1, ITERATIONS + 1))
     for line in lines[:3]:  # update 1 ends with iteration 4
-        assert {line[f'agvm/{m}/variance'] for m in MODULES} == {1.0}
-        assert {line[f'agvm/{m}/lr_scale'] for m in MODULES} == {1.0}
+        assert {line[f'agvm_variance/{m}'] for m in MODULES} == {1.0}
+        assert {line[f'agvm_lr_scale/{m}'] for m in MODULES} == {1.0}
     assert [line['agvm/measured'] for line in lines] == [
         0,
         0,
@@ -76,10 +82,10 @@ def test_every_module_is_logged_from_the_first_iteration(tmp_path):
     ]
     wrapper = runner.optim_wrapper
     for module in MODULES:
-        assert lines[-1][f'agvm/{module}/variance'] == pytest.approx(
+        assert lines[-1][f'agvm_variance/{module}'] == pytest.approx(
             wrapper.modulator.variance[module]
         )
-        assert lines[-1][f'agvm/{module}/lr_scale'] == pytest.approx(
+        assert lines[-1][f'agvm_lr_scale/{module}'] == pytest.approx(
             wrapper.modulator.lr_scale[module]
         )
     assert wrapper.modulator.lr_scale['neck'] != 1
@@ -112,13 +118,12 @@ def test_resumed_run_equals_uninterrupted(tmp_path, optimizer):
 def test_noise_scale_is_logged_in_images(tmp_path):
     cfg = toy_cfg(tmp_path / 'run', max_epochs=1, estimator='pairs')
     runner = run(cfg)
-    scalars = Path(runner.log_dir) / 'vis_data' / 'scalars.json'
-    lines = [json.loads(text) for text in scalars.read_text().splitlines()]
-    assert lines[0]['agvm/neck/noise_scale'] == 1.0
+    lines = train_lines(runner)
+    assert lines[0]['agvm_noise_scale/neck'] == 1.0
     samples = runner.optim_wrapper.modulator.noise_scale
     for module in MODULES:
         # a sample is a micro-batch of 4 images
-        assert lines[-1][f'agvm/{module}/noise_scale'] == pytest.approx(
+        assert lines[-1][f'agvm_noise_scale/{module}'] == pytest.approx(
             4 * samples[module]
         )
 
@@ -132,6 +137,49 @@ def test_activation_checkpointing_changes_nothing(tmp_path, modules):
     other = run(toy_cfg(tmp_path / 'plain', max_epochs=1)).model.state_dict()
     for name, weight in other.items():
         assert torch.equal(ours[name], weight)
+
+
+def test_time_of_an_update_is_that_of_its_iterations(tmp_path):
+    cfg = toy_cfg(tmp_path / 'run', max_epochs=1, interval=2)
+    runner = run(cfg)
+    lines = train_lines(runner)
+    # every iteration, where MMEngine logs means over ten
+    times = runner.message_hub.get_scalar('train/time').data[0]
+    updates = [sum(times[i : i + 2]) for i in range(0, ITERATIONS, 2)]
+    assert 'agvm_update_time/unmeasured' not in lines[0]  # not over yet
+    assert 'agvm_update_time/measured' not in lines[2]
+    last = {
+        kind: lines[-1][f'agvm_update_time/{kind}']
+        for kind in ('measured', 'unmeasured')
+    }
+    # updates 1 and 3 are measured
+    assert last['measured'] == pytest.approx(updates[3])
+    assert last['unmeasured'] == pytest.approx(updates[2])
+
+
+def test_measuring_alone_changes_no_weight(tmp_path):
+    """modulate=False, against plain MMEngine without mmagvm's hook."""
+    measured = run(
+        toy_cfg(tmp_path / 'measured', modulate=False, estimator='pairs')
+    )
+    cfg = toy_cfg(tmp_path / 'plain')
+    cfg.optim_wrapper = dict(
+        optimizer=cfg.optim_wrapper.optimizer, accumulative_counts=2
+    )
+    cfg.custom_hooks = []
+    plain = run(cfg)
+    for name, weight in plain.model.state_dict().items():
+        assert torch.equal(measured.model.state_dict()[name], weight)
+    last = train_lines(measured)[-1]
+    for module in MODULES:
+        assert (last[f'agvm_lr_scale/{module}'] != 1) == (module != 'backbone')
+        assert last[f'agvm_variance/{module}'] != 1
+        assert f'agvm_noise_scale/{module}' in last
+    ours, theirs = (
+        [(line['loss'], line['lr']) for line in train_lines(runner)]
+        for runner in (measured, plain)
+    )
+    assert ours == theirs
 
 
 def test_averaged_weights_change_nothing(tmp_path):

@@ -125,8 +125,8 @@ def test_training_measures_and_modulates(work_dir):
     lines = [json.loads(text) for text in scalars.read_text().splitlines()]
     train = [line for line in lines if 'loss' in line]
     assert [line['agvm/measured'] for line in train] == [0, 1, 1, 2, 2, 3]
-    assert train[-1]['agvm/neck/lr_scale'] != 1
-    assert train[-1]['agvm/backbone/lr_scale'] == 1
+    assert train[-1]['agvm_lr_scale/neck'] != 1
+    assert train[-1]['agvm_lr_scale/backbone'] == 1
     log = next(work_dir.glob('*/*.log')).read_text()
     assert 'batch size 16 = 2 ranks x 8 images x 1 accumulated' in log
 

@@ -11,6 +11,8 @@ from launch_utils import (
 from mmengine.config import Config
 from resume_utils import choose_checkpoint
 
+from mmagvm.version import full_version
+
 
 def parse_args():
     parser = common_parser(__doc__)
@@ -69,6 +71,7 @@ def main():
         enable_amp(cfg)
     if args.auto_scale_lr:
         enable_auto_scale_lr(cfg)
+    cfg.mmagvm_version = full_version()  # for who reads the logs
     join_ranks(cfg)
     note = choose_checkpoint(cfg, args.resume)
     runner = build_runner(cfg)
