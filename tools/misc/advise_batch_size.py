@@ -37,9 +37,9 @@ from run_log import Run, load_run, require_agvm  # noqa: E402
 BLOCKS = 10
 #: Fewer in a block would leave the blocks correlated, too.
 LEAST_PER_BLOCK = 4
-#: Correlation of neighbouring blocks from which on intervals are too narrow:
-#: of 10 independent ones it is larger once in a hundred times.
-DRIFT = 0.6
+#: Correlation of neighbouring blocks from which on the noise scale is taken to
+#: change; of 10 independent ones it is larger about twice in a hundred times.
+DRIFT = 0.5
 DRAWS = 20_000
 #: An interval as wide as this, upper over lower end, is no advice.
 TOO_WIDE = 4.0
@@ -271,7 +271,7 @@ def noise_table(
     rows = []
     for i, module in enumerate(measured.modules):
         if drifts[i] > DRIFT:
-            verdict = 'drifts: the interval is too narrow'
+            verdict = 'drifts: an average of several'
         elif not np.isfinite(high[i]):
             verdict = f'at least {number(low[i])}; too short to say how much'
         elif high[i] > TOO_WIDE * low[i]:
