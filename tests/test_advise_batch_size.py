@@ -198,7 +198,7 @@ def test_split_is_told_of(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     'options, args, message',
     [
-        (dict(count=79), [], 'too short to say'),
+        (dict(count=78), [], 'too short to say'),
         ({}, ['--begin', 190], 'from --begin 190 has 11 logged'),
         (dict(batch_line=False), [], '--batch-size'),
         ({}, ['--batch-size', 0], '--batch-size 0'),

@@ -38,7 +38,7 @@ BLOCKS = 10
 #: Fewer in a block would leave the blocks correlated, too.
 LEAST_PER_BLOCK = 4
 #: Correlation of neighbouring blocks from which on the noise scale is taken to
-#: change; of 10 independent ones it is larger about twice in a hundred times.
+#: change; of 10 independent ones it is larger once in a hundred times.
 DRIFT = 0.5
 DRAWS = 20_000
 #: An interval as wide as this, upper over lower end, is no advice.
