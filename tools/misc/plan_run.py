@@ -377,12 +377,14 @@ def make_data(
         for step in steps
         if step.get('type') == 'SegRescale'
     ]
+    # which loads masks and a map unless told otherwise
+    panoptic = any('Panoptic' in step.get('type', '') for step in steps)
     data: Dict[str, Any] = demo_mm_inputs(
         images,
         [(3, height, width)] * images,
         num_items=[OBJECTS] * images,
-        with_mask=any(step.get('with_mask') for step in steps),
-        with_semantic=any(step.get('with_seg') for step in steps),
+        with_mask=panoptic or any(s.get('with_mask') for s in steps),
+        with_semantic=panoptic or any(s.get('with_seg') for s in steps),
         sem_seg_output_strides=strides[0] if strides else 1,
     )
     return data
