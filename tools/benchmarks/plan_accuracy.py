@@ -3,8 +3,8 @@
 Calibrated are the time of a Faster R-CNN's update on one rank, and the
 bandwidth and latency of an all-reduce of plain tensors between two; predicted
 are updates on more ranks, plain and measured by AGVM. Ranks are processes that
-meet over gloo, with a thread each. More ranks than cores share these: computing
-and sending then take as many times longer, which is a model, too.
+meet over gloo, with a thread each. More ranks than cores share these:
+computing and sending then take as many times longer, which is a model, too.
 """
 
 import argparse
