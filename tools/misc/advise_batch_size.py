@@ -270,14 +270,14 @@ def noise_table(
     drifts = drift(measured.cosines)
     rows = []
     for i, module in enumerate(measured.modules):
-        if drifts[i] > DRIFT:
-            verdict = 'drifts: an average of several'
-        elif not np.isfinite(high[i]):
+        if not np.isfinite(high[i]):
             verdict = f'at least {number(low[i])}; too short to say how much'
         elif high[i] > TOO_WIDE * low[i]:
             verdict = 'its order of magnitude'
         else:
             verdict = 'known'
+        if drifts[i] > DRIFT:
+            verdict += '; it drifts'
         rows.append(
             (
                 module,
@@ -372,7 +372,8 @@ def advise(
     ]
     if (drift(cosines) > DRIFT).any():
         lines.append(
-            'Where it drifts, choose a part in which it does not with --begin'
+            'Where it drifts, this is an average over a change, such as of '
+            'the learning rate: choose a part without one with --begin'
         )
     low, high = interval(draws)
     for i, module in enumerate(modules):
@@ -389,13 +390,17 @@ def advise(
             )
     logged = measured.logged
     scale_low, scale_high = (noise_scale(c, old) for c in (high, low))
-    for i, module in enumerate(modules):
-        if logged[i] < scale_low[i] or logged[i] > scale_high[i]:
-            lines.append(
-                f'{module}: AGVM logged {number(logged[i])} at the end, a '
-                'ratio of moving averages: the noise scale changes along the '
-                'run, or the size of gradients does'
-            )
+    outside = [
+        module
+        for i, module in enumerate(modules)
+        if logged[i] < scale_low[i] or logged[i] > scale_high[i]
+    ]
+    if outside:
+        lines.append(
+            f'What AGVM logged at the end for {", ".join(outside)}, a ratio of '
+            'moving averages, is outside: the noise scale changes, or the '
+            'size of gradients does'
+        )
     if np.isnan(logged).all():
         lines.append(
             "estimator='split' logs no noise scale: taken from its phi, with "
@@ -424,7 +429,8 @@ def advise(
             if module != anchor
         )
         + '. Single measurements scatter, which makes the average of a root '
-        'of a ratio larger than the root of the ratio of averages above',
+        'of a ratio larger than the root of the ratio of averages above, and '
+        'the moving average lags',
     ]
     return '\n'.join(lines)
 
