@@ -397,8 +397,8 @@ def advise(
     ]
     if outside:
         lines.append(
-            f'What AGVM logged at the end for {", ".join(outside)}, a ratio of '
-            'moving averages, is outside: the noise scale changes, or the '
+            f'What AGVM logged at the end for {", ".join(outside)}, a ratio '
+            'of moving averages, is outside: the noise scale changes, or the '
             'size of gradients does'
         )
     if np.isnan(logged).all():
