@@ -15,7 +15,7 @@ BENCHMARKS = str(Path(__file__).parent.parent / 'tools' / 'benchmarks')
 sys.path.insert(0, BENCHMARKS)  # ranks inherit it
 
 import estimator_error  # noqa: E402
-import report  # noqa: E402
+import markdown_report  # noqa: E402
 import step_cost  # noqa: E402
 from counters import CollectiveBytes, HostReads, Profile  # noqa: E402
 from published_pattern import PublishedPattern, modules_of  # noqa: E402
@@ -271,7 +271,7 @@ def test_plot_has_a_panel_for_each_module(gaussian):
 )
 def test_interval_of_the_median(n, left_out):
     # the exact binomial ones, as in tables of the sign test
-    found = report.summary([float(i) for i in range(n)][::-1])
+    found = markdown_report.summary([float(i) for i in range(n)][::-1])
     assert found['median'] == (n - 1) / 2
     assert (found['low95'], found['high95']) == (left_out, n - 1 - left_out)
 
@@ -284,13 +284,13 @@ def test_ratios_are_taken_within_a_repetition():
 def test_tables_go_between_their_comments(tmp_path):
     page = tmp_path / 'page.md'
     page.write_text('A\n<!-- x: begin -->\nold\n<!-- x: end -->\nB\n')
-    table = report.table(('a', 'b'), [('1', '22')])
-    report.fill(page, 'x', table)
+    table = markdown_report.table(('a', 'b'), [('1', '22')])
+    markdown_report.fill(page, 'x', table)
     assert page.read_text() == (
         'A\n<!-- x: begin -->\n| a   |   b |\n| --- | --- |\n| 1   |  22 |\n'
         '<!-- x: end -->\nB\n'
     )
-    report.fill(page, 'y', 'new')
+    markdown_report.fill(page, 'y', 'new')
     assert page.read_text().endswith(
         'B\n<!-- y: begin -->\nnew\n<!-- y: end -->\n'
     )

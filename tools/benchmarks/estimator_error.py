@@ -15,8 +15,8 @@ from typing import Any, Dict, List, Sequence
 
 import matplotlib.pyplot as plt
 import torch
+from markdown_report import fill, machine, table, versions
 from matplotlib.ticker import LogLocator, NullFormatter
-from report import fill, machine, table, versions
 from torch import Tensor
 
 from mmagvm.functional import pairs_noise, pairs_variance, split_variance

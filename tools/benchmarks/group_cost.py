@@ -5,8 +5,8 @@ from typing import Any, Dict, List
 
 import torch
 from benchmark_models import build_model
+from markdown_report import ratio_summary, summary
 from mmengine.optim import OptimWrapper, build_optim_wrapper
-from report import ratio_summary, summary
 from torch import nn
 
 import mmagvm  # noqa: F401  registers everything

@@ -17,16 +17,7 @@ from typing import Any, Dict, List
 import numpy as np
 import torch
 import torch.multiprocessing as mp
-from rank_cost import (
-    CONTROL,
-    ESTIMATORS,
-    KINDS,
-    PLAIN,
-    PUBLISHED,
-    VARIANTS,
-    run_rank,
-)
-from report import (
+from markdown_report import (
     fill,
     machine,
     quartiles,
@@ -35,6 +26,15 @@ from report import (
     summary,
     table,
     versions,
+)
+from rank_cost import (
+    CONTROL,
+    ESTIMATORS,
+    KINDS,
+    PLAIN,
+    PUBLISHED,
+    VARIANTS,
+    run_rank,
 )
 
 #: Ratios this close to 1 count as 1, if all of their 95 % interval is.

@@ -1,0 +1,319 @@
+"""Plans of a run: its time by hand, the rest against make_large_batch_config.
+
+No time is measured but by --profile, and none is asserted.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / 'tools/misc'), str(ROOT / 'tools/benchmarks')]
+
+import make_large_batch_config as large_batch  # noqa: E402
+import plan_accuracy  # noqa: E402
+import plan_run as tool  # noqa: E402
+
+QUICKSTART = str(
+    ROOT / 'configs/quickstart/faster-rcnn_r18_fpn_2xb8-agvm-4e_digits.py'
+)
+ADAMW = str(
+    ROOT / 'configs/faster_rcnn/'
+    'faster-rcnn_r50_fpn_2xb16-agvm-adamw-12e_coco.py'
+)
+SEM_FPN = str(
+    ROOT / 'configs/sem_fpn/fpn_r50_2xb16-agvm-160k_ade20k-512x512.py'
+)
+CLUSTER = tool.Cluster(0.1, 1e9, 1e-5)
+GRADIENTS = tool.Gradients(100e6, 4)
+
+# -- the model of time
+
+
+def test_ring_by_hand():
+    # 6 steps: each sends a quarter of 100 MB at 1 GB/s, and waits 10 us twice
+    assert tool.all_reduce_seconds(4, 100e6, 2, CLUSTER) == pytest.approx(
+        6 * (0.025 + 2e-5)
+    )
+    assert tool.all_reduce_seconds(1, 100e6, 2, CLUSTER) == 0
+
+
+def test_buckets_are_those_of_ddp():
+    mib = 2**20
+    assert [
+        tool.Gradients(size * mib, 1).buckets for size in (0.5, 1, 2, 26, 27)
+    ] == [1, 1, 2, 2, 3]
+
+
+def test_parts_of_an_update():
+    def parts(estimator, measured=0.1, cluster=CLUSTER):
+        return tool.update_seconds(
+            4, 2, GRADIENTS, cluster, estimator, measured
+        )
+
+    whole = tool.all_reduce_seconds(4, 100e6, GRADIENTS.buckets, CLUSTER)
+    split, pairs = parts('split'), parts('pairs')
+    assert split.compute == pairs.compute == 0.2
+    assert split.all_reduce == pairs.all_reduce == pytest.approx(whole)
+    # once more on one update in ten; or 4 numbers in one collective
+    assert split.agvm == pytest.approx(whole / 10)
+    assert pairs.agvm == pytest.approx((6 * 32 / 4 / 1e9 + 6e-5) / 10)
+    assert parts('split', measured=0).agvm == 0
+    assert split.total == pytest.approx(0.2 + 1.1 * whole)
+    hidden = tool.replace(CLUSTER, overlap=0.75)
+    half = parts('split', cluster=hidden)
+    assert half.all_reduce == pytest.approx(whole / 4)
+    assert half.agvm == pytest.approx(whole / 40)
+    assert parts('pairs', cluster=hidden).agvm == pairs.agvm
+
+
+# -- what is trained
+
+
+@pytest.fixture(scope='module')
+def adamw():
+    return Config.fromfile(ADAMW)
+
+
+def batch_of(gpus, images=2, accumulation=1, base=32):
+    return large_batch.Batch(
+        gpus * images * accumulation, gpus, images, accumulation, base
+    )
+
+
+def train_on(cfg, gpus, **kwargs):
+    return tool.plan_training(
+        cfg, batch_of(gpus, **kwargs), 117266, 'CocoDataset'
+    )
+
+
+def test_plan_is_that_of_the_paper(adamw):
+    small, large = train_on(adamw, 16), train_on(adamw, 768)
+    assert (small.updates, large.updates) == (43980, 924)
+    assert small.lr == pytest.approx(2e-4)
+    assert large.lr == pytest.approx(2e-4 * 4 * 1.5 ** (3.585 / 2), rel=1e-3)
+    assert large.warmup == 3 * 77 and large.interval == 5
+    assert large.begin == 3 * 77 + 100
+    measured = range(331, 924, 5)
+    assert large.measured == pytest.approx(len(measured) / 924)
+
+
+def test_plan_counts_updates_not_iterations(adamw):
+    once, twice = train_on(adamw, 64), train_on(adamw, 32, accumulation=2)
+    assert twice.batch.size == once.batch.size
+    # epochs end with incomplete batches
+    assert twice.updates == pytest.approx(once.updates, rel=1e-3)
+    assert twice.lr == once.lr and twice.warmup == once.warmup
+
+
+def test_calibration_meets_both_times(adamw):
+    times = [
+        (train_on(adamw, gpus), 60 * minutes)
+        for gpus, minutes in ((16, 148), (768, 4.2))
+    ]
+    for estimator in ('split', 'pairs'):
+        found = tool.calibrate(
+            times,
+            GRADIENTS,
+            tool.Cluster(0, 25e9, 0, overlap=0.5),
+            estimator,
+        )
+        assert found.compute > 0 and found.latency > 0
+        assert (found.bandwidth, found.overlap) == (25e9, 0.5)
+        for training, seconds in times:
+            update = tool.update_seconds(
+                training.batch.gpus,
+                1,
+                GRADIENTS,
+                found,
+                estimator,
+                training.measured,
+            )
+            assert update.total * training.updates == pytest.approx(seconds)
+
+
+def test_impossible_calibration_is_refused(adamw):
+    def calibrate(*times):
+        tool.calibrate(
+            [(train_on(adamw, gpus), seconds) for gpus, seconds in times],
+            GRADIENTS,
+            CLUSTER,
+            'pairs',
+        )
+
+    with pytest.raises(SystemExit, match='ms of computing'):
+        calibrate((16, 1), (768, 1e5))
+    with pytest.raises(SystemExit, match='give different ones'):
+        calibrate((16, 100), (16, 200))
+
+
+def test_gradients_are_those_of_trained_parameters():
+    cfg = Config.fromfile(QUICKSTART)
+    tool.init_default_scope('mmdet')
+    model = tool.build_model(cfg)
+    for param in model.backbone.parameters():
+        param.requires_grad = False
+    trained = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if not name.startswith('backbone')
+    )
+    assert tool.count_gradients(model, cfg).size == 4 * trained
+    cfg.optim_wrapper.comm_hook = 'fp16'
+    found = tool.count_gradients(model, cfg)
+    assert found.size == 2 * trained
+    assert found.modules == 3  # what is frozen is none
+
+
+@pytest.mark.parametrize(
+    'config, size', [(QUICKSTART, (96, 96)), (SEM_FPN, (512, 512))]
+)
+def test_images_are_as_large_as_the_pipelines(config, size):
+    assert tool.image_size(Config.fromfile(config)) == size
+
+
+def test_images_of_many_scales_and_nested_pipelines():
+    scales = [(1333, 640), (1333, 800)]
+    steps = [
+        dict(
+            type='RandomChoice',
+            transforms=[[dict(type='RandomChoiceResize', scales=scales)]],
+        )
+    ]
+    inner = dict(type='CocoDataset', pipeline=steps)
+    cfg = Config(
+        dict(
+            train_dataloader=dict(
+                dataset=dict(type='MultiImageMixDataset', dataset=inner)
+            )
+        )
+    )
+    assert tool.image_size(cfg) == (800, 1333)
+    inner['pipeline'] = []
+    cfg.train_dataloader.dataset.dataset = inner
+    with pytest.raises(SystemExit, match='--image-size'):
+        tool.image_size(cfg)
+
+
+# -- the command
+
+
+def plan(monkeypatch, *args):
+    monkeypatch.setattr(sys, 'argv', ['plan_run', *map(str, args)])
+    tool.main()
+
+
+BASIC = ('--gpus', 32, '--images-per-gpu', 2, '--images', 4000)
+
+
+def test_command_tells_parts_and_tables(monkeypatch, capsys):
+    plan(
+        monkeypatch,
+        QUICKSTART,
+        *BASIC,
+        *('--ms-per-iter', 100, '--interval', 3, '--estimator', 'split'),
+    )
+    out = capsys.readouterr().out
+    assert 'batch 64 = 32 GPUs x 2 images x 1 micro-batches' in out
+    assert 'AGVM with split measures every 3 updates' in out
+    rows = [
+        [cell.strip() for cell in line.split('|')[1:-1]]
+        for line in out.splitlines()
+        if line.startswith('|')
+    ]
+    parts = {row[0]: row for row in rows}
+    assert parts['compute'][1] == '100.00'
+    shares = [
+        float(parts[name][3].rstrip(' %'))
+        for name in ('compute', 'all-reduce', 'AGVM')
+    ]
+    assert sum(shares) == pytest.approx(100, abs=0.02)
+    # 4 epochs of 4000 images
+    assert parts['32'][1:3] == ['64', '252']
+    assert [int(row[0]) for row in rows if row[0].isdigit()] == list(tool.GPUS)
+
+
+def test_profile_trains_the_model(monkeypatch, capsys):
+    plan(
+        monkeypatch,
+        QUICKSTART,
+        *('--gpus', 8, '--images-per-gpu', 1, '--images', 4000),
+        *('--profile', '--repetitions', 1, '--image-size', 64, 64),
+    )
+    out = capsys.readouterr().out
+    assert 'profile on c' in out and '3/3:' in out
+    assert 'measured here' in out
+
+
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['nix.py', *BASIC, '--ms-per-iter', 1], 'no such config file'),
+        (
+            [QUICKSTART, *BASIC, '--ms-per-iter', 1, '--batch-size', 100],
+            'write 64 or 128',
+        ),
+        (
+            [QUICKSTART, *BASIC, '--ms-per-iter', 1, '--batch-size', 63],
+            'write 64 or 64|write 64',
+        ),
+        ([QUICKSTART, *BASIC, '--ms-per-iter', -1], '--ms-per-iter -1.0'),
+        (
+            [QUICKSTART, *BASIC, '--ms-per-iter', 1, '--overlap', 2],
+            '--overlap 2.0',
+        ),
+        (
+            [QUICKSTART, *BASIC, '--calibrate', '16', '8:4'],
+            '--calibrate 16: write GPUS:MINUTES',
+        ),
+        (
+            [
+                QUICKSTART,
+                *('--gpus', 1, '--images-per-gpu', 2, '--ms-per-iter', 1),
+            ],
+            '--batch-size 4',
+        ),
+    ],
+)
+def test_bad_input_is_named(monkeypatch, args, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        plan(monkeypatch, *args)
+    assert '\n' not in str(error.value)
+
+
+def test_unknown_data_set_needs_a_rule():
+    cfg = Config(
+        dict(train_dataloader=dict(dataset=dict(type='CityscapesDataset')))
+    )
+    with pytest.raises(SystemExit, match="'CityscapesDataset'.*--rule COCO"):
+        tool.find_dataset(cfg, None)
+    assert tool.find_dataset(cfg, 'ADE20K') == 'ADE20KDataset'
+    cfg.train_dataloader.dataset.type = 'CocoPanopticDataset'
+    assert tool.find_dataset(cfg, None) == 'CocoDataset'
+
+
+# -- the comparison with measured times
+
+
+def test_cluster_is_fitted_to_its_own_times():
+    truth = tool.Cluster(0.5, 2e9, 1e-4)
+    times = {
+        size: [tool.all_reduce_seconds(2, size, 1, truth), 1.0]
+        for size in plan_accuracy.SIZES
+    }
+    found = plan_accuracy.fit_cluster([0.6, 0.5, 9.0], times)
+    assert found.compute == 0.5
+    assert found.bandwidth == pytest.approx(2e9, rel=1e-3)
+    assert found.latency == pytest.approx(1e-4, rel=0.02)
+
+
+def test_ranks_beyond_the_cores_share_them():
+    two, four = (
+        plan_accuracy.predict(4, GRADIENTS, CLUSTER, cores) for cores in (2, 4)
+    )
+    for name, seconds in four.items():
+        assert two[name] == pytest.approx(2 * seconds)
+    assert four['split measured'] > four['pairs measured'] > four['plain']
+    assert four['split'] == four['plain']

@@ -1,0 +1,521 @@
+"""Advises on the batch size, from what AGVM measured in a run.
+
+Tells for each module the batch at which its gradient stops gaining (the
+gradient noise scale of McCandlish et al., "An Empirical Model of Large-Batch
+Training", 2018), what the whole model bears, and which multipliers AGVM would
+give at other batches; all with 95 % intervals, or with the statement that the
+run is too short to say.
+
+========  =====================================================================
+symbol    meaning
+========  =====================================================================
+B         batch size of the run, in images
+phi       measured variance, 1 - |G|^2 / (|G|^2 + 2 tr(Sigma) / B) if the
+          average of many is meant; Sigma is of one image's gradient
+c         1 - phi, the cosine between the two halves of the batch
+rho       tr(Sigma) / |G|^2 = B / 2 * (1 - c) / c, the noise scale in images
+========  =====================================================================
+"""
+
+import argparse
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import List, Optional, Sequence, Tuple
+
+import numpy as np
+
+TOOLS = Path(__file__).resolve().parent.parent
+sys.path += [str(TOOLS / 'analysis_tools'), str(TOOLS / 'benchmarks')]
+
+from markdown_report import table  # noqa: E402
+from run_log import Run, load_run, require_agvm  # noqa: E402
+
+#: Consecutive measurements are averaged in so many blocks, whose spread gives
+#: the intervals: far fewer than measurements, as these are correlated.
+BLOCKS = 10
+#: Fewer in a block would leave the blocks correlated, too.
+LEAST_PER_BLOCK = 4
+#: Correlation of neighbouring blocks from which on the noise scale is taken to
+#: change; of 10 independent ones it is larger once in a hundred times.
+DRIFT = 0.5
+DRAWS = 20_000
+#: An interval as wide as this, upper over lower end, is no advice.
+TOO_WIDE = 4.0
+
+
+@dataclass
+class Measured:
+    """What a run measured, in the part of it that is used.
+
+    Args:
+        batch_size: B.
+        modules: Their names.
+        steps: (n,) iterations of the measurements.
+        cosines: (n, h), c.
+        lr_scale: (h,) average of mu that was in force.
+        logged: (h,) rho as AGVM logged it, infinite where it showed no
+            signal; NaN where it logged none.
+        total: Measurements logged in the whole run.
+    """
+
+    batch_size: int
+    modules: List[str]
+    steps: np.ndarray
+    cosines: np.ndarray
+    lr_scale: np.ndarray
+    logged: np.ndarray
+    total: int
+
+
+# -- statistics
+
+
+def draw_means(
+    values: np.ndarray, blocks: int = BLOCKS, draws: int = DRAWS, seed: int = 0
+) -> np.ndarray:
+    """Plausible means of correlated series, by the method of batch means.
+
+    The averages of blocks of consecutive values are nearly independent and
+    normal, so their mean, over its standard error, has Student's distribution
+    with ``blocks - 1`` degrees of freedom. Draws of it keep the correlation
+    between series, so that functions of several means can be judged.
+
+    Args:
+        values: (n, h), h series; of n values the first n % blocks are left
+            out.
+        blocks: How many, 2 or more.
+        draws: How many.
+        seed: Of the random numbers.
+
+    Returns:
+        (draws, h).
+    """
+    averages = block_means(values, blocks)
+    mean = averages.mean(0)
+    deviations = averages - mean
+    rng = np.random.default_rng(seed)
+    weights = rng.standard_normal((draws, blocks))
+    # weights @ deviations has blocks - 1 times the covariance of a block
+    normal = weights @ deviations / np.sqrt(blocks * (blocks - 1))
+    chi = np.sqrt(rng.chisquare(blocks - 1, (draws, 1)) / (blocks - 1))
+    return np.asarray(mean + normal / chi)
+
+
+def block_means(values: np.ndarray, blocks: int) -> np.ndarray:
+    """(blocks, h) averages of consecutive values."""
+    rest = len(values) % blocks
+    parts = np.reshape(values[rest:], (blocks, -1, values.shape[1]))
+    return np.asarray(parts.mean(1))
+
+
+def drift(values: np.ndarray, blocks: int = BLOCKS) -> np.ndarray:
+    """(h,) correlation between neighbouring blocks of a series."""
+    deviations = block_means(values, blocks)
+    deviations = deviations - deviations.mean(0)
+    total = (deviations**2).sum(0)
+    product = (deviations[1:] * deviations[:-1]).sum(0)
+    return np.divide(
+        product, total, out=np.zeros_like(product), where=total > 0
+    )
+
+
+def interval(draws: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """95 % of the draws, along the first axis."""
+    # no interpolation: next to an infinite one it would be NaN
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0, method='nearest')
+    return low, high
+
+
+# -- what follows from a cosine
+
+
+def noise_scale(cosine: np.ndarray, batch_size: int) -> np.ndarray:
+    """rho in images; infinite where no signal shows (c <= 0)."""
+    cosine = np.clip(cosine, 0, 1)
+    with np.errstate(divide='ignore'):
+        return np.asarray(batch_size / 2 * (1 - cosine) / cosine)
+
+
+def variance_at(
+    cosine: np.ndarray, batch_size: int, new_batch_size: int
+) -> np.ndarray:
+    """phi that is expected at another batch: 2 rho / (B' + 2 rho).
+
+    A cosine below 0 counts as 0: no signal.
+    """
+    cosine = np.clip(cosine, 0, 1)
+    noise = batch_size * (1 - cosine)
+    return np.asarray(noise / (new_batch_size * cosine + noise))
+
+
+def lr_scale_at(
+    cosine: np.ndarray,
+    batch_size: int,
+    new_batch_size: int,
+    anchor: int,
+    eps: float,
+    ratio_range: Tuple[float, float],
+) -> np.ndarray:
+    """mu that is expected at another batch (Eq. 41), (..., h).
+
+    Args:
+        cosine: (..., h), c at ``batch_size``.
+        batch_size: B.
+        new_batch_size: Where mu is wanted.
+        anchor: Index of the module that the others follow.
+        eps: As AGVM's.
+        ratio_range: As AGVM's.
+    """
+    phi = variance_at(cosine, batch_size, new_batch_size) + eps
+    ratio = np.sqrt(phi[..., anchor, None] / phi)
+    return np.asarray(np.clip(ratio, *ratio_range))
+
+
+def measurements_needed(
+    cosine: float, low: float, count: int
+) -> Optional[int]:
+    """How many would bring the interval of a positive cosine above 0."""
+    if cosine <= 0:
+        return None
+    return int(np.ceil(count * ((cosine - low) / cosine) ** 2))
+
+
+# -- reading the run
+
+
+def read_batch_size(run: Run) -> int:
+    """B, as AGVM told it at the start of the run's last part."""
+    for log in reversed(run.logs):
+        found = re.findall(
+            r'AGVM: batch size (\d+) =', log.read_text(errors='replace')
+        )
+        if found:
+            return int(found[-1])
+    raise SystemExit(
+        f'{run.work_dir}: no log tells the batch size: give the images of an '
+        'update, over all GPUs and accumulation, with --batch-size'
+    )
+
+
+def read_measured(run: Run, batch_size: int, begin: Optional[int]) -> Measured:
+    """The measurements from iteration ``begin``, or their second half.
+
+    Args:
+        run: Of which work dir.
+        batch_size: B.
+        begin: First iteration to use; None for the second half, since the
+            noise scale grows while a model learns.
+    """
+    series = run.by_module('variance')
+    # a module without a gradient all the time has nothing to be advised on
+    modules = [m for m in run.modules if np.isfinite(series[m][1]).any()]
+    steps = series[modules[0]][0] if modules else np.zeros(0)
+    used = np.ones(len(steps), dtype=bool)
+    if begin is not None:
+        used = steps >= begin
+    else:
+        used[: len(steps) // 2] = False
+    count, least = int(used.sum()), BLOCKS * LEAST_PER_BLOCK
+    if count < least:
+        part = 'second half' if begin is None else f'part from --begin {begin}'
+        raise SystemExit(
+            f'{run.work_dir}: too short to say: the {part} has {count} logged '
+            f'measurements, {least} are needed: train longer, measure more '
+            'often (optim_wrapper.interval) and log each '
+            '(default_hooks.logger.interval), or use more with --begin'
+        )
+    phi = np.stack([series[m][1][used] for m in modules], 1)
+    logged = run.by_module('noise_scale')
+    return Measured(
+        batch_size,
+        modules,
+        steps[used],
+        1 - phi,
+        np.array(
+            [run.by_module('lr_scale')[m][1][used].mean() for m in modules]
+        ),
+        np.array(
+            [
+                logged[m][1][used][-1] if m in logged else np.nan
+                for m in modules
+            ]
+        ),
+        len(steps),
+    )
+
+
+# -- telling
+
+
+def number(value: float) -> str:
+    """Images to two digits, which is more than any run can tell."""
+    if not np.isfinite(value):
+        return 'no bound' if np.isinf(value) else '-'
+    return f'{float(f"{value:.2g}"):,.0f}' if value >= 10 else f'{value:.1f}'
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    return f'{value:.2f} ({low:.2f} to {high:.2f})'
+
+
+def noise_table(
+    measured: Measured, cosine: np.ndarray, draws: np.ndarray
+) -> str:
+    """What each module's noise scale is, and whether that can be said."""
+    batch = measured.batch_size
+    value = noise_scale(cosine, batch)
+    low, high = interval(noise_scale(draws, batch))
+    drifts = drift(measured.cosines)
+    rows = []
+    for i, module in enumerate(measured.modules):
+        if not np.isfinite(high[i]):
+            verdict = f'at least {number(low[i])}; too short to say how much'
+        elif high[i] > TOO_WIDE * low[i]:
+            verdict = 'its order of magnitude'
+        else:
+            verdict = 'known'
+        if drifts[i] > DRIFT:
+            verdict += '; it drifts'
+        rows.append(
+            (
+                module,
+                f'{1 - cosine[i]:.3f}',
+                number(value[i]),
+                f'{number(low[i])} to {number(high[i])}',
+                number(measured.logged[i]),
+                verdict,
+            )
+        )
+    return table(
+        (
+            'module',
+            f'phi at {batch}',
+            'noise scale',
+            '95 %',
+            'as logged',
+            'what is known',
+        ),
+        rows,
+    )
+
+
+def scale_table(
+    measured: Measured,
+    cosine: np.ndarray,
+    draws: np.ndarray,
+    batches: Sequence[int],
+    anchor: int,
+    settings: Tuple[float, Tuple[float, float]],
+) -> str:
+    """Gain of a step and multipliers at several batches."""
+    rows = []
+    for batch in batches:
+        old = measured.batch_size
+        # 1 / (1 + rho / B'), of the module that gains least from more images
+        gain = 1 - variance_at(cosine.max(), old, 2 * batch)
+        scale = lr_scale_at(cosine, old, batch, anchor, *settings)
+        low, high = interval(lr_scale_at(draws, old, batch, anchor, *settings))
+        rows.append(
+            (
+                f'{batch:,}',
+                f'{gain:.2f}',
+                *(
+                    with_interval(scale[i], low[i], high[i])
+                    for i in range(len(cosine))
+                    if i != anchor
+                ),
+            )
+        )
+    return table(
+        (
+            'batch',
+            f'gain of {measured.modules[int(cosine.argmax())]}',
+            *(
+                f'mu of {module}'
+                for i, module in enumerate(measured.modules)
+                if i != anchor
+            ),
+        ),
+        rows,
+    )
+
+
+def advise(
+    measured: Measured,
+    anchor: str,
+    eps: float,
+    ratio_range: Tuple[float, float],
+    batches: Sequence[int],
+) -> str:
+    """The whole advice, as text.
+
+    Args:
+        measured: Of a run.
+        anchor: The module that the others follow.
+        eps: As AGVM's.
+        ratio_range: As AGVM's.
+        batches: At which to tell mu; the run's own is added.
+    """
+    old = measured.batch_size
+    cosines = measured.cosines
+    draws = draw_means(cosines)
+    cosine = block_means(cosines, BLOCKS).mean(0)
+    modules = measured.modules
+    lines = [
+        f'{len(cosines)} of {measured.total} logged measurements, iterations '
+        f'{measured.steps[0]:.0f} to {measured.steps[-1]:.0f}, at batch {old}',
+        '',
+        noise_table(measured, cosine, draws),
+        '',
+    ]
+    if (drift(cosines) > DRIFT).any():
+        lines.append(
+            'Where it drifts, this is an average over a change, such as of '
+            'the learning rate: choose a part without one with --begin'
+        )
+    low, high = interval(draws)
+    for i, module in enumerate(modules):
+        if cosine[i] <= 0:
+            lines.append(
+                f'{module}: |G|^2 is estimated as negative: its noise scale '
+                'is undefined, only its lower bound counts'
+            )
+        elif low[i] <= 0:
+            needed = measurements_needed(cosine[i], low[i], len(cosines))
+            lines.append(
+                f'{module}: an upper bound would take about {needed} '
+                'measurements'
+            )
+    logged = measured.logged
+    scale_low, scale_high = (noise_scale(c, old) for c in (high, low))
+    outside = [
+        module
+        for i, module in enumerate(modules)
+        if logged[i] < scale_low[i] or logged[i] > scale_high[i]
+    ]
+    if outside:
+        lines.append(
+            f'What AGVM logged at the end for {", ".join(outside)}, a ratio '
+            'of moving averages, is outside: the noise scale changes, or the '
+            'size of gradients does'
+        )
+    if np.isnan(logged).all():
+        lines.append(
+            "estimator='split' logs no noise scale: taken from its phi, with "
+            "more error than estimator='pairs' has"
+        )
+    lines += ['', whole_model(measured, cosine, draws), '']
+    index = modules.index(anchor)
+    lines += [
+        f'What a step gains, of what it would with all images there are, in '
+        'the module with the least noise; and the multipliers to expect, '
+        f'following {anchor}:',
+        '',
+        scale_table(
+            measured,
+            cosine,
+            draws,
+            sorted({old, *batches}),
+            index,
+            (eps, ratio_range),
+        ),
+        '',
+        f'At {old} the run itself had, on average: '
+        + ', '.join(
+            f'{module} {value:.2f}'
+            for module, value in zip(modules, measured.lr_scale)
+            if module != anchor
+        )
+        + '. Single measurements scatter, which makes the average of a root '
+        'of a ratio larger than the root of the ratio of averages above, and '
+        'the moving average lags',
+    ]
+    return '\n'.join(lines)
+
+
+def whole_model(
+    measured: Measured, cosine: np.ndarray, draws: np.ndarray
+) -> str:
+    """Up to which batch every module gains, and beyond which none does."""
+    old = measured.batch_size
+    # the largest cosine has the smallest noise scale
+    first, last = int(cosine.argmax()), int(cosine.argmin())
+    low, high = interval(noise_scale(draws.max(1), old))
+    text = (
+        f'Whole model: up to a batch of {number(low)} every module gains from '
+        'more images'
+    )
+    if not np.isfinite(high):
+        return text + '; the run is too short to say where that ends'
+    end = noise_scale(cosine[last], old)
+    most = f'{number(float(end))} images' if np.isfinite(end) else 'any batch'
+    return (
+        f'{text}, beyond {number(high)} '
+        f'{measured.modules[first]} no longer does (best guess '
+        f'{number(float(noise_scale(cosine[first], old)))}); '
+        f'{measured.modules[last]} goes on to gain up to {most}'
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('work_dir', type=Path, help='of a run with AGVM')
+    parser.add_argument(
+        '--begin',
+        type=int,
+        help='first iteration to use (default: half of the measurements)',
+    )
+    parser.add_argument(
+        '--batch-size',
+        type=int,
+        help="images of the run's updates (default: as its log says)",
+    )
+    parser.add_argument(
+        '--at',
+        type=int,
+        nargs='+',
+        help='batches to tell multipliers for (default: 2 to 64 times the '
+        "run's)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    for name, values in (
+        ('--batch-size', [args.batch_size]),
+        ('--at', args.at or []),
+    ):
+        for value in values:
+            if value is not None and value < 1:
+                raise SystemExit(f'{name} {value}: write 1 or more images')
+    try:
+        run = load_run(args.work_dir)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    require_agvm(run)
+    for note in run.notes:
+        print(f'{run.name}: {note}', file=sys.stderr)
+    batch = args.batch_size or read_batch_size(run)
+    measured = read_measured(run, batch, args.begin)
+    if run.anchor not in measured.modules:
+        raise SystemExit(
+            f'{run.work_dir}: its anchor {run.anchor!r} was never measured: '
+            'choose another with optim_wrapper.anchor'
+        )
+    low, high = run.setting('ratio_range', (0.1, 10.0))
+    print(
+        advise(
+            measured,
+            run.anchor,
+            float(run.setting('eps', 1e-6)),
+            (low, high),
+            args.at or [batch * factor for factor in (2, 4, 8, 16, 32, 64)],
+        )
+    )
+
+
+if __name__ == '__main__':
+    main()

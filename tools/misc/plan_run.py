@@ -1,0 +1,760 @@
+"""Plans a training with AGVM: its length, learning rate, warm-up and time.
+
+The time of an update is that of the forward and backward passes on one GPU,
+of a ring all-reduce of the gradients, and of what AGVM sends on top. The model
+and what it leaves out are in docs/planning.md.
+
+========  =====================================================================
+symbol    meaning
+========  =====================================================================
+n         GPUs
+V         bytes of the gradients
+b         bandwidth of a GPU's slowest link, in bytes per second
+a         latency of one step of the ring, in seconds
+k         collectives that V is cut into, DDP's buckets
+========  =====================================================================
+"""
+
+import argparse
+import math
+import statistics
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from make_large_batch_config import (
+    Batch,
+    Plan,
+    build_model,
+    check,
+    count_images,
+    find_base_batch_size,
+    innermost,
+    is_iteration_based,
+    load,
+    one_line,
+    plan_agvm,
+    plan_optimizer,
+    plan_schedule,
+    refuse,
+)
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from mmagvm.optim_wrapper_constructor import find_modules
+
+#: GPUs of the table.
+GPUS = (8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536)
+#: DDP's buckets: the first, and the others (its bucket_cap_mb).
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
+#: What pairs sends of a module: one float64.
+NORM = 8
+#: Objects in an image of COCO, on average: 860001 boxes, 117266 images.
+OBJECTS = 7
+WARM_UP = 2
+
+
+# -- the model of time
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What an update's time depends on besides its length.
+
+    Args:
+        compute: Seconds of forward, backward and step on one GPU, for one
+            micro-batch.
+        bandwidth: b.
+        latency: a.
+        overlap: Part of the all-reduce that backward hides, from 0 to 1.
+    """
+
+    compute: float
+    bandwidth: float
+    latency: float
+    overlap: float = 0.0
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What is sent in an update.
+
+    Args:
+        size: V.
+        modules: How many AGVM tells apart.
+    """
+
+    size: float
+    modules: int
+
+    @property
+    def buckets(self) -> int:
+        """k: collectives that DDP cuts an all-reduce of them into."""
+        rest = max(0.0, self.size - FIRST_BUCKET)
+        return 1 + math.ceil(rest / BUCKET)
+
+
+@dataclass(frozen=True)
+class Update:
+    """Seconds of an update, on average over measured and other ones."""
+
+    compute: float
+    all_reduce: float
+    agvm: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.all_reduce + self.agvm
+
+
+def all_reduce_seconds(
+    gpus: int, size: float, calls: int, cluster: Cluster
+) -> float:
+    """A ring's time: 2 (n - 1) / n * V / b + k * 2 (n - 1) * a.
+
+    Args:
+        gpus: n.
+        size: V.
+        calls: k.
+        cluster: With b and a.
+    """
+    steps = 2 * (gpus - 1)
+    return (
+        steps / gpus * size / cluster.bandwidth
+        + calls * steps * cluster.latency
+    )
+
+
+def update_seconds(
+    gpus: int,
+    accumulation: int,
+    gradients: Gradients,
+    cluster: Cluster,
+    estimator: str,
+    measured: float,
+) -> Update:
+    """The parts of an update's time.
+
+    Args:
+        gpus: n.
+        accumulation: Micro-batches.
+        gradients: What is sent.
+        cluster: What that takes.
+        estimator: AGVM's: 'split' sends the gradients once more on measured
+            updates, 'pairs' a number for each module.
+        measured: Part of the updates that AGVM measures, from 0 to 1.
+    """
+    whole = all_reduce_seconds(
+        gpus, gradients.size, gradients.buckets, cluster
+    )
+    shown = 1 - cluster.overlap
+    if estimator == 'split':
+        agvm = shown * whole
+    else:  # after backward: nothing hides it
+        agvm = all_reduce_seconds(gpus, NORM * gradients.modules, 1, cluster)
+    return Update(
+        accumulation * cluster.compute, shown * whole, measured * agvm
+    )
+
+
+# -- what is trained
+
+
+@dataclass(frozen=True)
+class Training:
+    """What make_large_batch_config would write for a batch.
+
+    Args:
+        batch: Its size, and how it is made.
+        updates: Of the optimizer, over the whole training.
+        lr: Learning rate.
+        warmup: Its length, in updates.
+        interval: Updates between two measurements.
+        begin: The first measured update.
+    """
+
+    batch: Batch
+    updates: int
+    lr: float
+    warmup: int
+    interval: int
+    begin: int
+
+    @property
+    def measured(self) -> float:
+        """Part of the updates that AGVM measures."""
+        return len(range(self.begin, self.updates, self.interval)) / max(
+            1, self.updates
+        )
+
+
+def plan_training(
+    cfg: Config, batch: Batch, images: Optional[int], dataset: str
+) -> Training:
+    """Length, learning rate, warm-up and AGVM's settings for a batch.
+
+    Args:
+        cfg: The original.
+        batch: The batch.
+        images: In the training set; unused where iterations are counted.
+        dataset: 'CocoDataset' or 'ADE20KDataset', whose rule counts.
+    """
+    result = Plan()
+    plan_optimizer(result, cfg, batch, None, dataset)
+    warmup, total = plan_schedule(result, cfg, batch, images)
+    plan_agvm(result, cfg, batch, warmup, total, dataset)
+    wrapper = result.diff['optim_wrapper']
+    return Training(
+        batch,
+        math.ceil(total),
+        wrapper['optimizer']['lr'],
+        warmup,
+        wrapper['interval'],
+        wrapper['begin'],
+    )
+
+
+def find_dataset(cfg: Config, rule: Optional[str]) -> str:
+    """The data set whose learning-rate rule counts."""
+    known = dict(COCO='CocoDataset', ADE20K='ADE20KDataset')
+    if rule is not None:
+        return known[rule]
+    name = innermost(cfg.train_dataloader.dataset).get('type', '')
+    for part, dataset in known.items():
+        if part.lower() in name.lower():
+            return dataset
+    return str(
+        refuse(
+            f'train_dataloader.dataset.type={name!r}: the paper has no '
+            'learning-rate rule for it: choose whose to follow with --rule '
+            f'{" or ".join(known)}'
+        )
+    )
+
+
+def count_gradients(model: nn.Module, cfg: Config) -> Gradients:
+    """What a model sends, by its parameters that are trained."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    halved = cfg.optim_wrapper.get('comm_hook') in ('fp16', 'bf16')
+    modules = cfg.optim_wrapper.get('modules') or find_modules(model)
+    return Gradients(trained * (2 if halved else 4), len(modules))
+
+
+# -- from times to what they are made of
+
+
+def calibrate(
+    times: Sequence[Tuple[Training, float]],
+    gradients: Gradients,
+    cluster: Cluster,
+    estimator: str,
+) -> Cluster:
+    """Compute and latency with which two trainings take what they took.
+
+    Time is linear in both, so two times give exactly one answer.
+
+    Args:
+        times: Two trainings, and the seconds of each.
+        gradients: What they send.
+        cluster: Its bandwidth and overlap are taken as they are.
+        estimator: AGVM's.
+
+    Raises:
+        SystemExit: Only negative ones would do.
+    """
+
+    def seconds(training: Training, compute: float, latency: float) -> float:
+        return update_seconds(
+            training.batch.gpus,
+            training.batch.accumulation,
+            gradients,
+            Cluster(compute, cluster.bandwidth, latency, cluster.overlap),
+            estimator,
+            training.measured,
+        ).total
+
+    rows, rest = [], []
+    for training, whole in times:
+        fixed = seconds(training, 0, 0)
+        rows.append(
+            [
+                seconds(training, 1, 0) - fixed,
+                seconds(training, 0, 1) - fixed,
+            ]
+        )
+        rest.append(whole / training.updates - fixed)
+    if abs(np.linalg.det(rows)) < 1e-9:
+        refuse('--calibrate: two times on as many GPUs: give different ones')
+    compute, latency = np.linalg.solve(rows, rest)
+    if compute <= 0 or latency < 0:
+        refuse(
+            '--calibrate: the times would need '
+            f'{compute * 1e3:.0f} ms of computing and '
+            f'{latency * 1e6:.1f} us of latency: check them, or '
+            '--bandwidth-gbps'
+        )
+    return Cluster(compute, cluster.bandwidth, latency, cluster.overlap)
+
+
+def image_size(cfg: Config) -> Tuple[int, int]:
+    """Height and width of the largest images that the pipeline gives."""
+    found = None
+    for step in pipeline(cfg):
+        kind = step.get('type', '')
+        sizes = step.get('scale') or step.get('scales')
+        if 'Resize' in kind and sizes:
+            sizes = [sizes] if isinstance(sizes[0], int) else sizes
+            # mmdet and mmseg write the width first
+            width, height = max(sizes, key=lambda size: size[0] * size[1])
+            found = int(height), int(width)
+        elif kind == 'RandomCrop' and 'crop_size' in step:
+            size = step['crop_size']
+            height, width = (size, size) if isinstance(size, int) else size
+            if height > 1:  # or a part of the image
+                found = int(height), int(width)
+    if found is None:
+        refuse(
+            'the pipeline of train_dataloader tells no image size: write '
+            '--image-size HEIGHT WIDTH'
+        )
+    assert found is not None
+    return found
+
+
+def pipeline(cfg: Config) -> Iterator[Dict[str, Any]]:
+    """Every step that an image goes through, inner data sets first."""
+
+    def datasets(dataset: Dict[str, Any]) -> List[Dict[str, Any]]:
+        inner = dataset.get('dataset') or (dataset.get('datasets') or [{}])[0]
+        return [*(datasets(inner) if inner else []), dataset]
+
+    for dataset in datasets(cfg.train_dataloader.dataset):
+        steps = list(dataset.get('pipeline') or [])
+        while steps:
+            step = steps.pop(0)
+            yield step
+            inner = step.get('transforms') or []
+            # RandomChoice has a list of pipelines
+            inner = inner[0] if inner and isinstance(inner[0], list) else inner
+            steps = [*inner, *steps]
+
+
+def make_data(
+    cfg: Config, images: int, size: Tuple[int, int]
+) -> Dict[str, Any]:
+    """Noise with random annotations, as a data loader gives images."""
+    height, width = size
+    if cfg.get('default_scope') == 'mmseg':
+        from mmengine.structures import PixelData
+        from mmseg.structures import SegDataSample
+
+        samples = []
+        for _ in range(images):
+            sample = SegDataSample(
+                metainfo=dict(img_shape=size, ori_shape=size)
+            )
+            sample.gt_sem_seg = PixelData(
+                data=torch.randint(0, 2, (1, height, width))
+            )
+            samples.append(sample)
+        inputs = [
+            torch.randint(0, 256, (3, height, width)).to(torch.uint8)
+            for _ in range(images)
+        ]
+        return dict(inputs=inputs, data_samples=samples)
+    from mmdet.testing import demo_mm_inputs
+
+    steps = list(pipeline(cfg))
+    strides = [
+        round(1 / step['scale_factor'])
+        for step in steps
+        if step.get('type') == 'SegRescale'
+    ]
+    # which loads masks and a map unless told otherwise
+    panoptic = any('Panoptic' in step.get('type', '') for step in steps)
+    data: Dict[str, Any] = demo_mm_inputs(
+        images,
+        [(3, height, width)] * images,
+        num_items=[OBJECTS] * images,
+        with_mask=panoptic or any(s.get('with_mask') for s in steps),
+        with_semantic=panoptic or any(s.get('with_seg') for s in steps),
+        sem_seg_output_strides=strides[0] if strides else 1,
+    )
+    return data
+
+
+def profile(
+    cfg: Config,
+    model: nn.Module,
+    images: int,
+    size: Tuple[int, int],
+    repetitions: int,
+) -> float:
+    """Seconds of a training iteration on this device, the median.
+
+    Args:
+        cfg: Of the model and its optimizer.
+        model: It is trained, on noise.
+        images: Of an iteration.
+        size: Height and width.
+        repetitions: Iterations that count; two go before them.
+    """
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    print(
+        f'profile on {device}: {images} images of {size[0]} x {size[1]}',
+        flush=True,
+    )
+    amp = 'Amp' in cfg.optim_wrapper.get('type', '') and device == 'cuda'
+    optimizer = dict(cfg.optim_wrapper.optimizer, lr=1e-9)
+    seconds = []
+    try:
+        model.init_weights()
+        # which CPUs have not, and which one process does not need
+        model = revert_sync_batchnorm(model).to(device).train()
+        wrapper = build_optim_wrapper(
+            model,
+            dict(
+                type='AmpOptimWrapper' if amp else 'OptimWrapper',
+                optimizer=optimizer,
+            ),
+        )
+        data = make_data(cfg, images, size)
+        for number in range(WARM_UP + repetitions):
+            start = time.perf_counter()
+            model.train_step(data, optim_wrapper=wrapper)
+            if device == 'cuda':
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+            kind = 'warm-up' if number < WARM_UP else 'counts'
+            print(
+                f'  {number + 1}/{WARM_UP + repetitions}: '
+                f'{seconds[-1] * 1e3:.0f} ms ({kind})',
+                flush=True,
+            )
+    except Exception as error:  # whatever models raise
+        refuse(
+            f'--profile: the model cannot be trained here '
+            f'({one_line(error)}): measure it and write --ms-per-iter'
+        )
+    return statistics.median(seconds[WARM_UP:])
+
+
+# -- telling
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (('d', 86400), ('h', 3600), ('min', 60)):
+        if seconds >= 2 * size:
+            return f'{seconds / size:.1f} {unit}'
+    return f'{seconds:.1f} s'
+
+
+def parts_table(training: Training, update: Update) -> str:
+    """Where the time of one training goes."""
+    rows = [
+        ('compute', update.compute),
+        ('all-reduce', update.all_reduce),
+        ('AGVM', update.agvm),
+        ('whole', update.total),
+    ]
+    return table(
+        ('part', 'ms an update', 'of training', 'share'),
+        [
+            (
+                name,
+                f'{seconds * 1e3:.2f}',
+                duration(seconds * training.updates),
+                f'{100 * seconds / update.total:.2f} %',
+            )
+            for name, seconds in rows
+        ],
+    )
+
+
+def gpus_table(rows: Sequence[Tuple[Training, Update]]) -> str:
+    """The same on other numbers of GPUs, each with as many images."""
+    return table(
+        (
+            'GPUs',
+            'batch',
+            'updates',
+            'learning rate',
+            'warm-up',
+            'ms an update',
+            'all-reduce',
+            'AGVM',
+            'efficiency',
+            'time',
+        ),
+        [
+            (
+                f'{training.batch.gpus}',
+                f'{training.batch.size}',
+                f'{training.updates}',
+                f'{training.lr:g}',
+                f'{training.warmup}',
+                f'{update.total * 1e3:.1f}',
+                f'{100 * update.all_reduce / update.total:.1f} %',
+                f'{100 * update.agvm / update.total:.2f} %',
+                f'{100 * update.compute / update.total:.0f} %',
+                duration(update.total * training.updates),
+            )
+            for training, update in rows
+        ],
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up in a terminal."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ['-' * width for width in widths])
+    return '\n'.join(
+        '| ' + ' | '.join(map(str.rjust, line, widths)) + ' |'
+        for line in lines
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument(
+        'config', help="file, or name such as 'mmdet::retinanet/...'"
+    )
+    parser.add_argument('--gpus', type=int, required=True)
+    parser.add_argument('--images-per-gpu', type=int, required=True)
+    parser.add_argument(
+        '--batch-size',
+        type=int,
+        help='images of an update (default: GPUs x images per GPU); more are '
+        'accumulated',
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        '--ms-per-iter',
+        type=float,
+        help='measured on one GPU, forward, backward and step',
+    )
+    source.add_argument(
+        '--profile',
+        action='store_true',
+        help='measure it here, on noise',
+    )
+    source.add_argument(
+        '--calibrate',
+        nargs=2,
+        metavar='GPUS:MINUTES',
+        help='two trainings with as many images per GPU: what --ms-per-iter '
+        'and --latency-us must have been',
+    )
+    parser.add_argument(
+        '--bandwidth-gbps',
+        type=float,
+        default=200,
+        help='Gbit/s of a GPU over its slowest link (default: 200)',
+    )
+    parser.add_argument(
+        '--latency-us',
+        type=float,
+        default=5,
+        help='of one step of the ring (default: 5)',
+    )
+    parser.add_argument(
+        '--overlap',
+        type=float,
+        default=0,
+        help='part of the all-reduce that backward hides, 0 to 1 (default: 0)',
+    )
+    parser.add_argument(
+        '--estimator',
+        choices=['pairs', 'split'],
+        help="AGVM's (default: the config's, else pairs)",
+    )
+    parser.add_argument(
+        '--interval',
+        type=int,
+        help="updates between two measurements (default: the paper's)",
+    )
+    parser.add_argument(
+        '--base-batch-size',
+        type=int,
+        help="batch size of the config's learning rate (default: as "
+        'make_large_batch_config finds it)',
+    )
+    parser.add_argument('--images', type=int, help='in the training set')
+    parser.add_argument(
+        '--rule',
+        choices=['COCO', 'ADE20K'],
+        help="whose learning-rate rule (default: the data set's)",
+    )
+    parser.add_argument(
+        '--image-size',
+        type=int,
+        nargs=2,
+        metavar=('HEIGHT', 'WIDTH'),
+        help="of --profile (default: the pipeline's largest)",
+    )
+    parser.add_argument(
+        '--repetitions',
+        type=int,
+        default=5,
+        help='iterations that --profile takes the median of (default: 5)',
+    )
+    return parser.parse_args()
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that mean nothing."""
+    for name in (
+        'gpus',
+        'images_per_gpu',
+        'batch_size',
+        'ms_per_iter',
+        'bandwidth_gbps',
+        'interval',
+        'base_batch_size',
+        'images',
+        'repetitions',
+    ):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            refuse(f'--{name.replace("_", "-")} {value}: write more than 0')
+    if not 0 <= args.latency_us < math.inf:
+        refuse(f'--latency-us {args.latency_us}: write 0 or more')
+    if not 0 <= args.overlap <= 1:
+        refuse(f'--overlap {args.overlap}: write a number from 0 to 1')
+    if args.image_size and min(args.image_size) < 32:
+        refuse(f'--image-size {min(args.image_size)}: write 32 or more')
+
+
+def find_accumulation(args: argparse.Namespace) -> int:
+    """Micro-batches of an update."""
+    once = args.gpus * args.images_per_gpu
+    size = args.batch_size or once
+    if size % once:
+        below = size // once * once
+        refuse(
+            f'--batch-size {size} cannot be made of {args.gpus} GPUs x '
+            f'{args.images_per_gpu} images: write {below or once} or '
+            f'{below + once}'
+        )
+    if args.gpus == 1 and size == once:
+        refuse(
+            '--gpus 1: AGVM needs accumulated micro-batches to compare: write '
+            f'--batch-size {2 * once} or more'
+        )
+    return int(size // once)
+
+
+def read_times(texts: Sequence[str]) -> List[Tuple[int, float]]:
+    """GPUs and seconds of ``GPUS:MINUTES``."""
+    times = []
+    for text in texts:
+        try:
+            gpus, minutes = text.split(':')
+            times.append((int(gpus), 60 * float(minutes)))
+            if min(times[-1]) <= 0:
+                raise ValueError
+        except ValueError:
+            refuse(f'--calibrate {text}: write GPUS:MINUTES, such as 8:93.5')
+    return times
+
+
+def main() -> None:
+    args = parse_args()
+    check_numbers(args)
+    accumulation = find_accumulation(args)
+    times = read_times(args.calibrate or [])
+    warnings.filterwarnings('ignore')  # of the hosts, about themselves
+    MMLogger.get_instance('mmengine', log_level='ERROR')
+    cfg = load(args.config)
+    check(cfg)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    dataset = find_dataset(cfg, args.rule)
+    base = args.base_batch_size or find_base_batch_size(args.config, cfg)[0]
+    images = args.images
+    if not is_iteration_based(cfg.train_cfg):
+        images = images or count_images(cfg.train_dataloader.dataset)
+    model = build_model(cfg)
+    gradients = count_gradients(model, cfg)
+    estimator = args.estimator or cfg.optim_wrapper.get('estimator', 'pairs')
+
+    def train_on(gpus: int) -> Training:
+        size = gpus * args.images_per_gpu * accumulation
+        batch = Batch(size, gpus, args.images_per_gpu, accumulation, base)
+        training = plan_training(cfg, batch, images, dataset)
+        if args.interval:
+            training = replace(training, interval=args.interval)
+        return training
+
+    def update_on(training: Training) -> Update:
+        return update_seconds(
+            training.batch.gpus,
+            accumulation,
+            gradients,
+            cluster,
+            estimator,
+            training.measured,
+        )
+
+    cluster = Cluster(
+        (args.ms_per_iter or 0) / 1e3,
+        args.bandwidth_gbps * 1e9 / 8,
+        args.latency_us / 1e6,
+        args.overlap,
+    )
+    source = 'as given'
+    if args.profile:
+        size = tuple(args.image_size or image_size(cfg))
+        seconds = profile(
+            cfg, model, args.images_per_gpu, size, args.repetitions
+        )
+        cluster = replace(cluster, compute=seconds)
+        source = 'measured here, on noise: data loading is not in it'
+    elif times:
+        cluster = calibrate(
+            [(train_on(gpus), seconds) for gpus, seconds in times],
+            gradients,
+            cluster,
+            estimator,
+        )
+        source = (
+            'calibrated, with the latency: two times fix two numbers, so that '
+            'both are met says nothing about the model'
+        )
+    wanted = train_on(args.gpus)
+    batch = wanted.batch
+    print(
+        f'{args.config}\n'
+        f'- batch {batch.size} = {batch.gpus} GPUs x {batch.images_per_gpu} '
+        f'images x {accumulation} micro-batches; the original: {base}\n'
+        f'- {wanted.updates} updates, learning rate {wanted.lr:g}, warm-up '
+        f'over {wanted.warmup} updates\n'
+        f'- AGVM with {estimator} measures every {wanted.interval} updates '
+        f'from {wanted.begin}: {100 * wanted.measured:.1f} % of all\n'
+        f'- gradients: {gradients.size / 1e6:.1f} MB in {gradients.buckets} '
+        f'buckets, of {gradients.modules} modules\n'
+        f'- {cluster.compute * 1e3:.1f} ms an iteration without '
+        f'communication, {source}\n'
+        f'- {args.bandwidth_gbps:g} Gbit/s, {cluster.latency * 1e6:.2f} us a '
+        f'step of the ring, {100 * cluster.overlap:.0f} % hidden\n\n'
+        f'{parts_table(wanted, update_on(wanted))}\n\n'
+        f'With {batch.images_per_gpu * accumulation} images on each GPU:\n'
+    )
+    trainings = [train_on(gpus) for gpus in sorted({*GPUS, args.gpus})]
+    print(gpus_table([(each, update_on(each)) for each in trainings]))
+    print(
+        '\nNot in it: data loading, validation, checkpoints, start, '
+        'stragglers, the exchange of synchronized batch norm. A ring is the '
+        'slowest way for many GPUs.'
+    )
+
+
+if __name__ == '__main__':
+    main()
