@@ -278,7 +278,9 @@ def test_interval_of_the_median(n, left_out):
 
 def test_ratios_are_taken_within_a_repetition():
     # the second repetition was disturbed, the ratio was not
-    assert report.ratio_summary([2.0, 20.0], [1.0, 10.0])['median'] == 2
+    assert (
+        markdown_report.ratio_summary([2.0, 20.0], [1.0, 10.0])['median'] == 2
+    )
 
 
 def test_tables_go_between_their_comments(tmp_path):
