@@ -173,6 +173,33 @@ def split_batch(size: int, gpus: int, max_images: int, base: int = 0) -> Batch:
     return Batch(size, gpus, share // accumulation, accumulation, base)
 
 
+def plan_training(
+    result: Plan,
+    cfg: Config,
+    batch: Batch,
+    wanted: Optional[str],
+    dataset: str,
+    images: Optional[int],
+) -> Tuple[int, float]:
+    """Optimizer, schedule and AGVM; updates of the warm-up and of all.
+
+    Args:
+        result: What is filled in.
+        cfg: The original.
+        batch: The new batch.
+        wanted: An optimizer to change to.
+        dataset: Type of the data set, which tells the learning-rate rule.
+        images: In the training set; None to count them.
+    """
+    plan_optimizer(result, cfg, batch, wanted, dataset)
+    recipe = recipe_of(
+        wanted or cfg.optim_wrapper.optimizer['type'], cfg.train_cfg
+    )
+    warmup, total = plan_schedule(result, cfg, batch, recipe, images)
+    plan_agvm(result, cfg, batch, warmup, total, recipe)
+    return warmup, total
+
+
 def plan(cfg: Config, args: argparse.Namespace) -> Tuple[Plan, Batch]:
     """Everything that changes."""
     for name in ('base_batch_size', 'images'):
@@ -199,11 +226,7 @@ def plan(cfg: Config, args: argparse.Namespace) -> Tuple[Plan, Batch]:
         f'images x {batch.accumulation} accumulated micro-batches'
     )
     dataset = innermost(cfg.train_dataloader.dataset).get('type', '')
-    plan_optimizer(result, cfg, batch, args.optimizer, dataset)
-    optimizer = args.optimizer or cfg.optim_wrapper.optimizer['type']
-    recipe = recipe_of(optimizer, cfg.train_cfg)
-    warmup, total = plan_schedule(result, cfg, batch, recipe, args.images)
-    plan_agvm(result, cfg, batch, warmup, total, recipe)
+    plan_training(result, cfg, batch, args.optimizer, dataset, args.images)
     return result, batch
 
 

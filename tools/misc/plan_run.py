@@ -23,24 +23,20 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
+import make_large_batch_config
 import numpy as np
 import torch
-from make_large_batch_config import (
-    Batch,
-    Plan,
+from config_utils import (
     build_model,
-    check,
     count_images,
     find_base_batch_size,
     innermost,
     is_iteration_based,
     load,
     one_line,
-    plan_agvm,
-    plan_optimizer,
-    plan_schedule,
     refuse,
 )
+from make_large_batch_config import Batch, Plan, check
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
@@ -207,9 +203,9 @@ def plan_training(
         dataset: 'CocoDataset' or 'ADE20KDataset', whose rule counts.
     """
     result = Plan()
-    plan_optimizer(result, cfg, batch, None, dataset)
-    warmup, total = plan_schedule(result, cfg, batch, images)
-    plan_agvm(result, cfg, batch, warmup, total, dataset)
+    warmup, total = make_large_batch_config.plan_training(
+        result, cfg, batch, None, dataset, images
+    )
     wrapper = result.diff['optim_wrapper']
     return Training(
         batch,
