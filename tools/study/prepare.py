@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from digits2coco import draw_background, draw_digit, make_split
 from mmdet.models import ResNet
+from mmengine.logging import MMLogger
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -41,6 +42,7 @@ def pretrain(study: Mapping[str, Any]) -> float:
     file = Path(study['data']['root']) / 'backbone.pth'
     if file.is_file():
         return float('nan')
+    MMLogger.get_instance('mmengine', log_level='WARNING')  # of init_weights
     settings = study['pretraining']
     torch.manual_seed(study['data']['seed'])
     rng = np.random.default_rng([study['data']['seed'], len(SPLITS)])

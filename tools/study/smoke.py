@@ -1,5 +1,5 @@
 # The smallest slice that means something: two batch sizes, two methods, one
-# rate and one seed each, a sixth of the images. For smoke.sh.
+# rate and one seed each, a fifth of the images. For smoke.sh.
 _base_ = './study.py'
 data = dict(root='data/study_smoke/', train=dict(images=2048))
 training = dict(epochs=6, decay_epochs=(4, 5), warmup_epochs=1)
@@ -10,7 +10,7 @@ stages = [
         name='smoke',
         models=['faster_rcnn'],
         methods=['sgd', 'agvm_sgd'],
-        batch_sizes=[32, 256],
+        batch_sizes=[32, 128],
         seeds=[1],
     )
 ]

@@ -15,7 +15,6 @@ from mmengine.runner import Runner
 from plan import Run
 from run_config import make_config
 from run_log import QUANTITIES, Series, load_run
-from run_log import Run as Log
 from run_summary import measurements, update_time
 
 from mmagvm.version import full_version
@@ -40,7 +39,7 @@ def train(study: Mapping[str, Any], run: Run, work_dir: Path) -> Dict:
         runner.train()
         metrics = dict(tune=validated(runner, metric))
         if run.seed != study['tune_seed']:
-            metrics['test'] = float(runner.test()[metric])
+            metrics['test'] = float(runner.test().get(metric, 0.0))
     except Exception:
         if not diverged(runner):
             raise
@@ -50,7 +49,7 @@ def train(study: Mapping[str, Any], run: Run, work_dir: Path) -> Dict:
         status=status,
         metrics=metrics,
         seconds=round(time.perf_counter() - started, 1),
-        **summary(load_run(work_dir)),
+        **summary(work_dir),
         commit=full_version(),
         torch=torch.__version__,
         device=str(next(runner.model.parameters()).device.type),
@@ -60,7 +59,9 @@ def train(study: Mapping[str, Any], run: Run, work_dir: Path) -> Dict:
 
 def validated(runner: Runner, metric: str) -> float:
     """The metric of the validation that ended the training."""
-    return float(runner.message_hub.get_scalar(f'val/{metric}').current())
+    history = runner.message_hub.log_scalars.get(f'val/{metric}')
+    # mmdet gives none where nothing at all is detected
+    return 0.0 if history is None else float(history.current())
 
 
 def diverged(runner: Runner) -> bool:
@@ -71,8 +72,12 @@ def diverged(runner: Runner) -> bool:
     )
 
 
-def summary(log: Log) -> Dict[str, Any]:
+def summary(work_dir: Path) -> Dict[str, Any]:
     """Series of a log, in BINS means each, and what AGVM counted and cost."""
+    try:
+        log = load_run(work_dir)
+    except ValueError:  # it diverged before anything was logged
+        return dict(loss=[], **{quantity: {} for quantity in QUANTITIES})
     series = {
         quantity: {
             module: binned(values, log.last_step)
@@ -81,7 +86,6 @@ def summary(log: Log) -> Dict[str, Any]:
         for quantity in QUANTITIES
     }
     return dict(
-        iterations=log.last_step,
         loss=binned(log.series['loss'], log.last_step),
         **series,
         measurements=measurements(log),

@@ -1,0 +1,248 @@
+"""The study's driver: what is run, what is kept, what is made of it."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import run_study
+from commands import ROOT
+from mmengine.config import Config
+from plan import Cell, Run, best_rate, by_run, cells, plan, tuning_rates
+from summarize import mean_and_spread, middle_mean, variance_table
+
+STUDY = ROOT / 'tools/study/study.py'
+TINY = f"""
+_base_ = {str(STUDY)!r}
+data = dict(
+    root='DATA/',
+    train=dict(images=32), tune=dict(images=4), test=dict(images=4))
+pretraining = dict(images=128, batch_size=64)
+training = dict(
+    epochs=2, decay_epochs=(2,), warmup_epochs=1, micro_batch=4)
+grid_moves = 0
+methods = dict(sgd=dict(rates=[0.01]), agvm_sgd=dict(rates=[0.01]))
+stages = [
+    dict(name='tiny', models=['faster_rcnn'], methods=['sgd', 'agvm_sgd'],
+         batch_sizes=[8], seeds=[1])]
+"""
+CELL = Cell('m', 'sgd', 32)
+
+
+def study(**changes):
+    return dict(
+        dict(
+            grid_moves=2,
+            tune_seed=0,
+            methods=dict(sgd=dict(rates=[1.0, 2.0, 4.0])),
+            stages=[
+                dict(
+                    models=['m'],
+                    methods=['sgd'],
+                    batch_sizes=[32],
+                    seeds=[1, 2],
+                )
+            ],
+        ),
+        **changes,
+    )
+
+
+def results(metric_by_rate, cell=CELL, seed=0):
+    return by_run(
+        dict(
+            Run(cell, rate, seed).to_dict(),
+            status='ended',
+            metrics=dict(tune=metric),
+        )
+        for rate, metric in metric_by_rate.items()
+    )
+
+
+def test_grid_is_kept_when_its_best_is_inside():
+    done = results({1.0: 0.1, 2.0: 0.5, 4.0: 0.2})
+    assert tuning_rates(study(), CELL, done) == [1.0, 2.0, 4.0]
+    assert best_rate(study(), CELL, done) == 2.0
+
+
+@pytest.mark.parametrize(
+    'found, tried, best',
+    [
+        ({1.0: 0.5, 2.0: 0.4, 4.0: 0}, [0.5, 1.0, 2.0, 4.0], None),
+        ({0.5: 0.4, 1.0: 0.5, 2.0: 0, 4.0: 0}, [0.5, 1.0, 2.0, 4.0], 1.0),
+        ({1.0: 0, 2.0: 0.4, 4.0: 0.5}, [1.0, 2.0, 4.0, 8.0], None),
+        # at most two moves
+        (
+            {1.0: 0, 2.0: 0.1, 4.0: 0.2, 8.0: 0.3, 16.0: 0.4},
+            [1.0, 2.0, 4.0, 8.0, 16.0],
+            16.0,
+        ),
+    ],
+)
+def test_grid_moves_on_while_its_best_is_at_an_end(found, tried, best):
+    done = results(found)
+    assert tuning_rates(study(), CELL, done) == tried
+    assert best_rate(study(), CELL, done) == best
+
+
+def test_seeds_wait_for_the_tuned_rate():
+    runs = list(plan(study(), {}))
+    assert [run.lr for run in runs] == [1.0, 2.0, 4.0, None, None]
+    runs = list(plan(study(), results({1.0: 0.1, 2.0: 0.5, 4.0: 0.2})))
+    assert runs[3:] == [Run(CELL, 2.0, 1), Run(CELL, 2.0, 2)]
+
+
+def test_variants_take_the_rate_without_and_nothing_is_done_twice():
+    stages = study()['stages']
+    stages += [dict(stages[0], variants=['late'], seeds=[1])]
+    done = results({1.0: 0.1, 2.0: 0.5, 4.0: 0.2})
+    runs = list(plan(study(stages=stages), done))
+    assert len(runs) == len(set(runs)) == 6
+    assert runs[-1] == Run(Cell('m', 'sgd', 32, 'late'), 2.0, 1)
+
+
+def test_failed_runs_are_repeated():
+    failed = dict(Run(CELL, 1.0, 0).to_dict(), status='failed')
+    assert by_run([failed]) == {}
+
+
+def test_declaration_is_sound():
+    """Every name is declared, batches can be made, scans are kept apart."""
+    declared = Config.fromfile(STUDY)
+    for stage in declared.stages:
+        for cell in cells(stage):
+            assert cell.model in declared.models
+            assert cell.method in declared.methods
+            assert cell.batch_size % declared.training.micro_batch == 0
+            if cell.variant:
+                assert cell.variant in declared.variants
+    ends = sorted(declared.data[s].scans for s in ('train', 'tune', 'test'))
+    assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:]))
+    sgd, agvm = declared.methods.sgd, declared.methods.agvm_sgd
+    assert (sgd.optimizer, sgd.rates) == (agvm.optimizer, agvm.rates)
+
+
+def test_line_cut_short_by_a_crash_is_left_out_and_not_continued(tmp_path):
+    file = tmp_path / 'results.jsonl'
+    run_study.append(file, dict(a=1))
+    with file.open('a') as stream:
+        stream.write('{"a": 2, "b')
+    run_study.append(file, dict(a=3))
+    assert run_study.read_results(file) == [dict(a=1), dict(a=3)]
+
+
+def test_spread_is_that_of_the_seeds():
+    assert mean_and_spread([0.1, 0.2, 0.3]) == '0.200 ± 0.100'
+    assert mean_and_spread([0.5]) == '0.500 (1 seed)'
+    assert mean_and_spread([]) == 'not run'
+
+
+def test_middle_leaves_out_both_ends():
+    assert middle_mean([9, 9, 1, None, 3, 2, 9, 9]) == 2
+
+
+def test_variances_are_those_of_the_tuned_rate():
+    done = results({1.0: 0.1, 2.0: 0.5, 4.0: 0.2})
+    for run, result in done.items():
+        result['variance'] = dict(backbone=[run.lr] * 4, head=[0.5] * 4)
+    row = variance_table(study(), done, 'm').splitlines()[-1]
+    assert [cell.strip() for cell in row.split('|')[4:-1]] == [
+        '2.00',
+        '0.50',
+        '4.0',
+    ]
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('study')
+    file = folder / 'tiny.py'
+    file.write_text(TINY.replace('DATA', str(folder / 'data')))
+    return file
+
+
+def command(tool, tiny, *args):
+    folder = tiny.parent
+    return [
+        *(sys.executable, str(ROOT / 'tools/study' / tool)),
+        *('--study', str(tiny), '--results', str(folder / 'results.jsonl')),
+        *map(str, args),
+    ]
+
+
+def drive(tiny):
+    work_dir = tiny.parent / 'runs'
+    return command('run_study.py', tiny, '--work-dir', work_dir, '--jobs', 2)
+
+
+def lines(tiny):
+    file = tiny.parent / 'results.jsonl'
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_study_is_stopped_and_goes_on_and_ends(tiny):
+    process = subprocess.Popen(
+        drive(tiny), cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 300
+    while not lines(tiny) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    # the whole group, as a machine that goes down
+    subprocess.run(['kill', '-KILL', f'-{process.pid}'], check=True)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    before = lines(tiny)
+    assert 1 <= len(before) < 4
+
+    done = subprocess.run(drive(tiny), cwd=ROOT, check=True)
+    assert done.returncode == 0
+    after = lines(tiny)
+    assert after[: len(before)] == before
+    assert len(after) == 4
+    subprocess.run(drive(tiny), cwd=ROOT, check=True)
+    assert lines(tiny) == after
+
+    for result in map(json.loads, after):
+        assert result['status'] == 'ended'
+        assert result['measurements']['measured'] == 4
+        assert ('test' in result['metrics']) == (result['seed'] == 1)
+        scales = [
+            value
+            for module in ('neck', 'rpn_head', 'roi_head.bbox_head')
+            for value in result['lr_scale'][module]
+            if value is not None
+        ]
+        assert any(value != 1 for value in scales)
+
+
+def test_results_are_summarized(tiny):
+    if len(lines(tiny)) < 4:
+        pytest.skip('the study did not end')
+    folder = tiny.parent
+    page, figure = folder / 'evidence.md', folder / 'evidence.png'
+    page.write_text('Conclusions.\n')
+    subprocess.run(
+        command('summarize.py', tiny, '--out', page, '--figure', figure),
+        cwd=ROOT,
+        check=True,
+    )
+    text = page.read_text()
+    assert text.startswith('Conclusions.\n')
+    assert text.count('| agvm_sgd') == 3  # results, tuning, variances
+    assert 'not run' not in text
+    assert figure.stat().st_size > 10000
+
+
+def test_nothing_to_summarize_is_told(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / 'tools/study/summarize.py'),
+            *('--results', tmp_path / 'no.jsonl'),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert 'no.jsonl: no results' in done.stderr
+    assert 'Traceback' not in done.stderr
