@@ -1,6 +1,8 @@
 """The study's driver: what is run, what is kept, what is made of it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -189,7 +191,7 @@ def test_study_is_stopped_and_goes_on_and_ends(tiny):
     while not lines(tiny) and time.monotonic() < deadline:
         time.sleep(0.1)
     # the whole group, as a machine that goes down
-    subprocess.run(['kill', '-KILL', f'-{process.pid}'], check=True)
+    os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0
     before = lines(tiny)
