@@ -7,14 +7,18 @@ import socket
 import sys
 
 import pytest
-import torch
-from commands import ROOT, assert_equal, finish, run, start, write_config
-from mmengine.config import Config
-
-sys.path.insert(0, str(ROOT / 'tools'))
-
 import resume_utils  # noqa: E402
+import torch
+from commands import (
+    assert_equal,
+    finish,
+    load_checkpoint,
+    run,
+    start,
+    write_config,
+)
 from join_utils import timeout_seconds  # noqa: E402
+from mmengine.config import Config
 from resume_utils import choose, damage  # noqa: E402
 
 
@@ -42,7 +46,7 @@ def work_dir(whole, tmp_path):
 
 def assert_same_training(work_dir, whole):
     ours, other = (
-        torch.load(folder / 'epoch_2.pth') for folder in (work_dir, whole)
+        load_checkpoint(folder / 'epoch_2.pth') for folder in (work_dir, whole)
     )
     assert ours['optimizer']['agvm']['measured'] > 0
     for part in ('state_dict', 'optimizer', 'param_schedulers'):
@@ -134,7 +138,7 @@ def test_no_readable_checkpoint_is_an_error(work_dir, spoil):
 def test_flipped_bits_are_found(whole, tmp_path):
     """Wherever a bit flips, it is noticed or changes nothing."""
     path, found = tmp_path / 'epoch_1.pth', 0
-    good = torch.load(whole / 'epoch_1.pth')
+    good = load_checkpoint(whole / 'epoch_1.pth')
     size = (whole / 'epoch_1.pth').stat().st_size
     for position in random.Random(0).sample(range(size), 300):
         shutil.copy(whole / 'epoch_1.pth', path)
@@ -142,7 +146,7 @@ def test_flipped_bits_are_found(whole, tmp_path):
         if damage(path):
             found += 1
             continue
-        ours = torch.load(path)
+        ours = load_checkpoint(path)
         for part in ('state_dict', 'optimizer', 'meta'):
             assert_equal(ours[part], good[part], f'{position}: {part}')
     assert found > 30
@@ -187,7 +191,7 @@ def test_checkpoint_of_two_ranks_goes_on_with_one(work_dir):
     assert batch in output
     assert 'lr_scale goes on from where it was' in output
     before, after = (
-        torch.load(work_dir / f'epoch_{epoch}.pth')['optimizer']['agvm']
+        load_checkpoint(work_dir / f'epoch_{epoch}.pth')['optimizer']['agvm']
         for epoch in (1, 2)
     )
     assert after['measured'] > before['measured'] > 0

@@ -6,12 +6,12 @@
 3. What is refused.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import make_large_batch_config
 import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
@@ -24,12 +24,7 @@ SEGFORMER = 'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'
 
 @pytest.fixture(scope='module')
 def tool():
-    spec = importlib.util.spec_from_file_location('tool', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules['tool'] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules['tool']
+    yield make_large_batch_config
     DefaultScope._instance_dict.clear()
 
 

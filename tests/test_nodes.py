@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from commands import assert_equal, finish, run, write_config
+from commands import assert_equal, finish, load_checkpoint, run, write_config
 from network import Network, ip, reason_against
 
 why_not = reason_against()
@@ -49,7 +49,7 @@ def one_node(tmp_path_factory):
 
 
 def checkpoint(work_dir):
-    return torch.load(work_dir / 'epoch_2.pth')
+    return load_checkpoint(work_dir / 'epoch_2.pth')
 
 
 def losses(work_dir):

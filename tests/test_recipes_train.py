@@ -69,7 +69,8 @@ SMALL = {
     'sem_fpn/fpn_r50_2xb16-agvm-160k_ade20k-512x512.py': [
         dict(
             data_preprocessor=dict(size=(96, 96)),
-            backbone=dict(depth=18, base_channels=8, init_cfg=None),
+            pretrained=None,
+            backbone=dict(depth=18, base_channels=8),
             neck=dict(in_channels=CHANNELS, out_channels=16),
             decode_head=dict(in_channels=[16] * 4, channels=16),
         )

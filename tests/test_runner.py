@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import load_checkpoint
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import Hook
@@ -237,7 +238,7 @@ def test_schedule_reaches_groups_that_the_checkpoint_had_not(
 
 def test_checkpoint_carries_no_series_of_agvm(tmp_path):
     run(toy_cfg(tmp_path / 'run', max_epochs=1))
-    checkpoint = torch.load(tmp_path / 'run' / 'epoch_1.pth')
+    checkpoint = load_checkpoint(tmp_path / 'run' / 'epoch_1.pth')
     assert not [
         key
         for key in checkpoint['message_hub']['log_scalars']

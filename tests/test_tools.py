@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from commands import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = 'configs/quickstart/faster-rcnn_r18_fpn_2xb8-agvm-4e_digits.py'
@@ -108,7 +109,6 @@ def test_digits_lie_inside_their_boxes_and_images(digits):
 
 
 def test_no_scan_is_in_both_splits():
-    sys.path.insert(0, str(ROOT / 'tools/dataset_converters'))
     from digits2coco import SCANS
 
     train, val = (set(range(1797)[SCANS[split]]) for split in SCANS)
@@ -142,7 +142,7 @@ def test_checkpoint_is_resumed(work_dir, digits):
     )
     assert 'resumed epoch: 2, iter: 6' in done.stdout
     assert 'the checkpoint has no AGVM state' not in done.stdout
-    state = torch.load(work_dir / 'epoch_3.pth')['optimizer']['agvm']
+    state = load_checkpoint(work_dir / 'epoch_3.pth')['optimizer']['agvm']
     assert state['update'] == 9
     assert [update for update, _ in state['history']] == [1, 3, 5, 7]
 
@@ -176,7 +176,7 @@ def test_mmdets_own_script_trains_and_resumes(digits, tmp_path):
             *('optim_wrapper.interval=1', f'train_cfg.max_epochs={epochs}'),
         )
     assert 'resumed epoch: 1' in done.stdout
-    state = torch.load(tmp_path / 'epoch_2.pth')['optimizer']['agvm']
+    state = load_checkpoint(tmp_path / 'epoch_2.pth')['optimizer']['agvm']
     assert state['measured'] > 0
 
 
@@ -266,7 +266,7 @@ default_hooks = dict(
     assert "the paper's rule for COCO gives" in done.stdout
     assert 'mIoU: ' in done.stdout
     assert '[12/12]' in done.stdout
-    state = torch.load(tmp_path / 'work/iter_12.pth')['optimizer']['agvm']
+    state = load_checkpoint(tmp_path / 'work/iter_12.pth')['optimizer']['agvm']
     assert [update for update, _ in state['history']] == [1, 6, 11]
 
 

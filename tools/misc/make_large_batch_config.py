@@ -5,30 +5,42 @@ loads and builds it to see that it works, and tells what changed and why.
 """
 
 import argparse
-import copy
 import math
 import os
-import re
-import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+from config_utils import (
+    build_model,
+    count_images,
+    find_base_batch_size,
+    innermost,
+    is_adam,
+    is_iteration_based,
+    load,
+    one_line,
+    recipe_of,
+    refuse,
+)
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import (
-    DATASETS,
-    MODELS,
-    init_default_scope,
-)
+from mmengine.registry import init_default_scope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmagvm  # noqa: F401  registers AGVM
 from mmagvm.hook import useless_sync_bn
-from mmagvm.lr_scaling import RULES, LRRule, find_rule
+from mmagvm.lr_scaling import (
+    MEASURING_DELAY,
+    RULES,
+    LRRule,
+    Recipe,
+    at,
+    find_rule,
+)
 
 HEADER = '# Made by tools/misc/make_large_batch_config.py:\n'
 #: Optimizer wrappers and the AGVM one that does the same.
@@ -51,13 +63,6 @@ OPTIONS: Dict[str, Tuple[str, Dict[str, float]]] = {
     'AdamW': ('AdamW', dict(weight_decay=0.05)),
     'LAMB': ('AdamW', dict(weight_decay=0.05)),
     'PMDLAMB': ('AdamW', dict(weight_decay=0.05)),
-}
-#: Images of data sets that need not lie here: class, a part of ann_file or,
-#: without one, of data_prefix.
-IMAGES = {
-    ('CocoDataset', 'train2017.json'): 117266,
-    ('CocoPanopticDataset', 'train2017.json'): 117266,
-    ('ADE20KDataset', 'training'): 20210,
 }
 #: Schedulers that can be a warm-up.
 WARMUPS = ('LinearLR', 'ConstantLR', 'QuadraticWarmupLR')
@@ -107,139 +112,6 @@ def parse_args() -> argparse.Namespace:
         'and images, here)',
     )
     return parser.parse_args()
-
-
-def refuse(message: str) -> Any:
-    raise SystemExit(message)
-
-
-# -- reading the original
-
-
-def load(name: str) -> Config:
-    """The config that a file or a name ``package::file`` stands for."""
-    if '::' not in name and not Path(name).is_file():
-        refuse(f'{name}: no such config file')
-    try:
-        if '::' not in name:
-            return Config.fromfile(name)
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / 'config.py'
-            file.write_text(f'_base_ = {name!r}\n')
-            return Config.fromfile(file)
-    except Exception as error:
-        return refuse(f'{name} could not be read: {one_line(error)}')
-
-
-def one_line(error: Exception) -> str:
-    return f'{type(error).__name__}: {" ".join(str(error).split())}'
-
-
-def find_base_batch_size(name: str, cfg: Config) -> Tuple[int, str]:
-    """The batch size that a config was made for, and who says so."""
-    given = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
-    images = cfg.train_dataloader.batch_size
-    named = None
-    for path in (*reversed(base_files(name)), name):
-        rule = re.search(r'_(\d+)xb(\d+)', Path(path).name)
-        if rule and int(rule[2]) == images:
-            named = int(rule[1]) * images, f'the name {Path(path).name}'
-    if given:
-        source = 'its auto_scale_lr.base_batch_size'
-        if named and named[0] != given:
-            source += (
-                f', though {named[1]} says {named[0]}; if that is right, give '
-                f'--base-batch-size {named[0]}'
-            )
-        return int(given), source
-    if named:
-        return named
-    return 8 * images, (
-        f"8 GPUs, mmdet's default, x {images} images, as nothing says "
-        'otherwise; if that is wrong, give --base-batch-size'
-    )
-
-
-def base_files(name: str) -> List[str]:
-    """The bases that a config file names itself."""
-    if '::' in name:
-        return []
-    try:
-        bases = Config._get_base_files(name)
-    except Exception:  # not a text config: then its bases are imports
-        return []
-    return list(bases)
-
-
-def innermost(dataset: Dict[str, Any]) -> Dict[str, Any]:
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
-    if 'datasets' in dataset:
-        return innermost(dataset['datasets'][0])
-    return dataset
-
-
-def count_images(dataset: Dict[str, Any]) -> int:
-    """Images in a training set, known or counted."""
-    if dataset.get('type') == 'RepeatDataset':
-        return int(dataset['times']) * count_images(dataset['dataset'])
-    if dataset.get('type') == 'MultiImageMixDataset':
-        return count_images(dataset['dataset'])
-    paths = str(dataset.get('ann_file') or dataset.get('data_prefix'))
-    for (kind, part), images in IMAGES.items():
-        if dataset.get('type') == kind and part in paths:
-            return images
-    try:
-        return len(DATASETS.build(copy.deepcopy(dataset)))
-    except Exception as error:
-        return refuse(
-            "the images of train_dataloader's dataset could not be counted "
-            f'({one_line(error)}): write --images N'
-        )
-
-
-def build_model(cfg: Config) -> nn.Module:
-    """The config's model, without fetching pretrained weights."""
-    try:
-        return MODELS.build(without_weights(cfg.model))
-    except Exception as error:
-        return refuse(f'the model could not be built: {one_line(error)}')
-
-
-def without_weights(cfg: Any) -> Any:
-    """A copy of a model's config that names no pretrained weights."""
-    cfg = copy.deepcopy(cfg)
-    parts = [cfg]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, dict):
-            part.pop('pretrained', None)
-            if 'Pretrained' in str(part.get('init_cfg')):
-                part['init_cfg'] = None
-            parts += part.values()
-        elif isinstance(part, (list, tuple)):
-            parts += part
-    return cfg
-
-
-# -- the paper's tables, where they need more than the learning rate
-
-
-def warmup_epochs(adam: bool, batch_size: int) -> int:
-    """Of epoch-based recipes (appendix A.5)."""
-    if batch_size < 256:
-        return 1
-    return 3 if adam and batch_size >= 1024 else 2
-
-
-def warmup_updates(batch_size: int) -> int:
-    """Of the iteration-based recipe, Semantic FPN (appendix A.5)."""
-    return min(500, 500 * 512 // batch_size)
-
-
-def measuring_interval(batch_size: int, dataset: str) -> int:
-    """tau (appendix A.5)."""
-    return 10 if batch_size <= 512 and 'ADE20K' not in dataset else 5
 
 
 # -- the difference
@@ -328,8 +200,10 @@ def plan(cfg: Config, args: argparse.Namespace) -> Tuple[Plan, Batch]:
     )
     dataset = innermost(cfg.train_dataloader.dataset).get('type', '')
     plan_optimizer(result, cfg, batch, args.optimizer, dataset)
-    warmup, total = plan_schedule(result, cfg, batch, args.images)
-    plan_agvm(result, cfg, batch, warmup, total, dataset)
+    optimizer = args.optimizer or cfg.optim_wrapper.optimizer['type']
+    recipe = recipe_of(optimizer, cfg.train_cfg)
+    warmup, total = plan_schedule(result, cfg, batch, recipe, args.images)
+    plan_agvm(result, cfg, batch, warmup, total, recipe)
     return result, batch
 
 
@@ -416,16 +290,16 @@ def rule_of(optimizer: str, dataset: str) -> Tuple[LRRule, str]:
     )
 
 
-def is_adam(optimizer: str) -> bool:
-    return 'adam' in optimizer.lower() or 'lamb' in optimizer.lower()
-
-
 def rounded(value: float) -> float:
     return float(f'{value:.4g}')
 
 
 def plan_schedule(
-    result: Plan, cfg: Config, batch: Batch, images: Optional[int]
+    result: Plan,
+    cfg: Config,
+    batch: Batch,
+    recipe: Recipe,
+    images: Optional[int],
 ) -> Tuple[int, float]:
     """Length, intervals and schedulers; updates of the warm-up and of all."""
     schedulers = cfg.get('param_scheduler') or []
@@ -433,24 +307,19 @@ def plan_schedule(
         schedulers = [schedulers]
     schedulers = [plain(cfg, scheduler) for scheduler in schedulers]
     own = find_warmup(schedulers)
-    adam = is_adam(
-        result.diff['optim_wrapper']['optimizer'].get(
-            'type', cfg.optim_wrapper.optimizer['type']
-        )
-    )
+    # iterations for segmentation, else epochs
+    wanted = at(recipe.warmup, batch.size)
     if is_iteration_based(cfg.train_cfg):
         total = plan_iterations(result, cfg, batch)
         epoch = None
-        wanted = warmup_updates(batch.size)
         why = "the paper's for segmentation"
     else:
         images = images or count_images(cfg.train_dataloader.dataset)
         iterations = math.ceil(images / (batch.gpus * batch.images_per_gpu))
         epoch = iterations / batch.accumulation
         total = cfg.train_cfg.max_epochs * epoch
-        epochs = warmup_epochs(adam, batch.size)
-        wanted = math.ceil(epochs * epoch)
-        why = f"the paper's, {epochs} epoch(s)"
+        why = f"the paper's, {wanted} epoch(s)"
+        wanted = math.ceil(wanted * epoch)
         result.because(
             f'schedule kept in epochs: {cfg.train_cfg.max_epochs} of {images} '
             f'images, {iterations} iterations each'
@@ -471,10 +340,6 @@ def plan_schedule(
         schedulers, own, batch, wanted, epoch
     )
     return wanted, total
-
-
-def is_iteration_based(train_cfg: Dict[str, Any]) -> bool:
-    return 'max_iters' in train_cfg
 
 
 def plain(cfg: Config, value: Dict[str, Any]) -> Dict[str, Any]:
@@ -604,12 +469,12 @@ def plan_agvm(
     batch: Batch,
     warmup: int,
     total: float,
-    dataset: str,
+    recipe: Recipe,
 ) -> None:
     """AGVM's own settings."""
-    interval = measuring_interval(batch.size, dataset)
+    interval = at(recipe.interval, batch.size)
     # where that leaves enough to modulate
-    delay = 100 if warmup + 100 <= total / 2 else 0
+    delay = MEASURING_DELAY if warmup + MEASURING_DELAY <= total / 2 else 0
     result.diff['optim_wrapper'].update(
         type=WRAPPERS[cfg.optim_wrapper.get('type', 'OptimWrapper')],
         constructor='AGVMOptimWrapperConstructor',
