@@ -27,21 +27,24 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from make_large_batch_config import (
-    Batch,
-    Plan,
+from config_utils import (
     build_model,
-    check,
     count_images,
     find_base_batch_size,
     innermost,
     is_iteration_based,
     load,
     one_line,
+    recipe_of,
+    refuse,
+)
+from make_large_batch_config import (
+    Batch,
+    Plan,
+    check,
     plan_agvm,
     plan_optimizer,
     plan_schedule,
-    refuse,
 )
 from mmengine.config import Config
 from mmengine.logging import MMLogger
@@ -214,8 +217,9 @@ def plan_training(
     """
     result = Plan()
     plan_optimizer(result, cfg, batch, None, dataset)
-    warmup, total = plan_schedule(result, cfg, batch, images)
-    plan_agvm(result, cfg, batch, warmup, total, dataset)
+    recipe = recipe_of(cfg.optim_wrapper.optimizer['type'], cfg.train_cfg)
+    warmup, total = plan_schedule(result, cfg, batch, recipe, images)
+    plan_agvm(result, cfg, batch, warmup, total, recipe)
     wrapper = result.diff['optim_wrapper']
     return Training(
         batch,
