@@ -18,9 +18,11 @@ k         collectives that V is cut into, DDP's buckets
 import argparse
 import math
 import statistics
+import sys
 import time
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import make_large_batch_config
@@ -45,6 +47,10 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from mmagvm.optim_wrapper_constructor import find_modules
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / 'benchmarks'))
+
+from report import table  # noqa: E402
 
 #: GPUs of the table.
 GPUS = (8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536)
@@ -504,17 +510,6 @@ def gpus_table(rows: Sequence[Tuple[Training, Update]]) -> str:
             )
             for training, update in rows
         ],
-    )
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up in a terminal."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ['-' * width for width in widths])
-    return '\n'.join(
-        '| ' + ' | '.join(map(str.rjust, line, widths)) + ' |'
-        for line in lines
     )
 
 
