@@ -50,7 +50,7 @@ from mmagvm.optim_wrapper_constructor import find_modules
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / 'benchmarks'))
 
-from report import table  # noqa: E402
+from markdown_report import table  # noqa: E402
 
 #: GPUs of the table.
 GPUS = (8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536)
