@@ -191,6 +191,41 @@ def test_picture_is_drawn(work_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
+    'tool, told',
+    [
+        (['analysis_tools/report.py', '--out', 'OUT'], 'lr_scale'),
+        (
+            ['analysis_tools/collect_results.py', '--json', 'OUT'],
+            'coco/bbox_mAP',
+        ),
+        (['misc/advise_batch_size.py', '--begin', '0'], 'too short to say'),
+        (
+            [
+                *('misc/plan_run.py', '--gpus', '2', '--images-per-gpu', '8'),
+                *('--ms-per-iter', '200', '--bandwidth-gbps', '10'),
+                *('--images', '4000', '--base-batch-size', '16'),
+            ],
+            'all-reduce',
+        ),
+    ],
+    ids=lambda value: Path(value[0]).stem if isinstance(value, list) else '',
+)
+def test_runs_are_told_about(work_dir, tmp_path, tool, told):
+    """Every tool, on the quickstart's training or its config."""
+    out = tmp_path / 'out'
+    script, *options = [str(out) if item == 'OUT' else item for item in tool]
+    read = QUICKSTART if script.endswith('plan_run.py') else work_dir
+    # so few measurements are no failure of the tool's
+    enough = 'advise' not in script
+    done = command(
+        sys.executable, f'tools/{script}', read, *options, check=enough
+    )
+    assert 'Traceback' not in done.stdout
+    text = done.stdout + (out.read_text() if out.exists() else '')
+    assert told in text
+
+
+@pytest.mark.parametrize(
     'content, message',
     [(None, 'no such work dir'), ('{"loss": 1}', 'no training was logged')],
 )
