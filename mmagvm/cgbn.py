@@ -31,7 +31,8 @@ class CGBN(nn.BatchNorm2d):
     too, also where images differ in size. Each sum is an all-reduce; on CUDA
     torch's kernels of SyncBatchNorm do the same. Parameters, buffers and
     evaluation are BatchNorm2d's; running statistics are those of the own
-    group. A single process normalizes its own batch, whatever ``bn_size`` is.
+    group, until MMEngine's SyncBuffersHook averages them. A single process
+    normalizes its own batch, whatever ``bn_size`` is.
 
     The group is settled in a layer's first training forward, with
     collectives: a layer that trains must see a batch on every rank, as with

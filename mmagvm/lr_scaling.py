@@ -1,4 +1,4 @@
-"""The numbers of the papers' recipes, each known here and nowhere else.
+"""Learning rates, lengths and intervals of the papers' recipes, once.
 
 The configs state them again, as configs must; the tests compare.
 """
@@ -169,7 +169,8 @@ _SWIN = Recipe(
     clip_norm={1: None, 256: 1.0},
     printed={32: 2e-4, 256: 9.8e-4, 512: 1.2e-3, 1024: 1.5e-3},
 )
-# 12 epochs are in the paper; the rest of R50's AdamW is not: as Swin-T's
+# 12 epochs are in a reading note of the conference version; the rest of R50's
+# AdamW is not in the paper: as Swin-T's
 _ADAMW = _SWIN
 # base rate not in the paper: mmdet's; 14 epochs are read off its plots
 _RETINANET = replace(

@@ -289,6 +289,8 @@ def test_agvm_follows_from_the_recipe(case):
     else:
         assert (low, high) == (0.1, 10.0)
     assert settings.get('eps', 1e-6) == 1e-6
+    # every measurement is in the log, with every update an iteration
+    assert case.cfg.default_hooks.logger.interval == settings.interval
 
 
 def test_official_clipping_is_around_the_end_of_warmup(case):

@@ -120,7 +120,7 @@ def test_iteration_based_config_of_mmseg(make):
     assert cfg.optim_wrapper.accumulative_counts == 2
     warmup, poly = cfg.param_scheduler
     assert (warmup.type, warmup.end) == ('LinearLR', 2 * 500)
-    assert (poly.begin, poly.end, poly.power) == (2 * 500, 2 * 10000, 0.9)
+    assert (poly.begin, poly.end, poly.power) == (0, 2 * 10000, 0.9)
     assert cfg.optim_wrapper.begin == 600
     assert cfg.train_cfg.val_interval == 2000
     assert cfg.default_hooks.checkpoint.interval == 2000
@@ -308,3 +308,24 @@ def test_refusal_is_one_sentence_and_exit_code_1(tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == 'no.py: no such config file'
     assert 'Traceback' not in done.stderr
+
+
+def test_what_follows_a_warmup_follows_the_new_one(tool):
+    """In epochs: an odd accumulation does not add one."""
+    warmup = dict(type='LinearLR', start_factor=0.1, begin=0, end=1)
+    cosine = dict(type='CosineAnnealingLR', begin=1, end=12, T_max=11)
+    batch = tool.Batch(512, 2, 16, 16, 16)
+    ours, after = tool.schedule([warmup, cosine], 0, batch, 230, 229.5)
+    assert (ours['by_epoch'], ours['end']) == (False, 230 * 16)
+    assert (after['begin'], after['T_max']) == (1, 11)
+    _, after = tool.schedule([warmup, cosine], 0, batch, 460, 230)
+    assert (after['begin'], after['T_max']) == (2, 10)
+
+
+def test_all_that_counts_iterations_is_scaled(tool):
+    batch = tool.Batch(64, 4, 16, 1, 16)
+    once = dict(type='OneCycleLR', by_epoch=False, total_steps=4000)
+    restarts = dict(type='CosineRestartLR', by_epoch=False, periods=[400, 800])
+    _, once, restarts = tool.schedule([once, restarts], None, batch, 5, None)
+    assert once['total_steps'] == 1000
+    assert restarts['periods'] == [100, 200]

@@ -2,3 +2,4 @@
 _base_ = './faster-rcnn_r50_fpn_32xb16-16e_coco.py'
 optim_wrapper = dict(_base_.agvm, begin=560)
 custom_hooks = _base_.agvm_hooks
+default_hooks = dict(logger=dict(interval=10))

@@ -2,3 +2,4 @@
 _base_ = './faster-rcnn_r50_fpn_64xb16-adamw-12e_coco.py'
 optim_wrapper = dict(_base_.agvm, interval=5, begin=445)
 custom_hooks = _base_.agvm_hooks
+default_hooks = dict(logger=dict(interval=5))

@@ -4,3 +4,4 @@ optim_wrapper = dict(
     _base_.agvm, begin=560, ratio_range=_base_.align_ratio_range
 )
 custom_hooks = [*_base_.custom_hooks, *_base_.agvm_hooks]
+default_hooks = dict(logger=dict(interval=10))

@@ -8,3 +8,4 @@ optim_wrapper = dict(
     ratio_range=(0.1, 10.0),
 )
 custom_hooks = _base_.agvm_hooks
+default_hooks = dict(logger=dict(interval=5))

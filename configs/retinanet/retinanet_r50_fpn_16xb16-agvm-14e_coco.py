@@ -2,3 +2,4 @@
 _base_ = './retinanet_r50_fpn_16xb16-14e_coco.py'
 optim_wrapper = dict(_base_.agvm, begin=1018)
 custom_hooks = _base_.agvm_hooks
+default_hooks = dict(logger=dict(interval=10))

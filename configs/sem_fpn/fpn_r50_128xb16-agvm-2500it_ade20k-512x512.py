@@ -2,3 +2,4 @@
 _base_ = './fpn_r50_128xb16-2500it_ade20k-512x512.py'
 optim_wrapper = dict(_base_.agvm, interval=5, begin=225)
 custom_hooks = _base_.agvm_hooks
+default_hooks = dict(logger=dict(interval=5))

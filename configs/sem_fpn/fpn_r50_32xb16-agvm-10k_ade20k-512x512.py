@@ -2,3 +2,4 @@
 _base_ = './fpn_r50_32xb16-10k_ade20k-512x512.py'
 optim_wrapper = dict(_base_.agvm, interval=5, begin=600)
 custom_hooks = _base_.agvm_hooks
+default_hooks = dict(logger=dict(interval=5))

@@ -7,6 +7,10 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 from run_log import Run
 
+#: Values from which on the smallest and the largest hold the median between
+#: them in 95 % of all cases.
+FEWEST = 6
+
 
 def config_name(run: Run) -> str:
     """The name of the config file, as MMEngine dumped it, or '-'."""
@@ -137,7 +141,7 @@ def update_time(run: Run) -> Optional[Dict[str, Any]]:
         compared; ``interval``; ``share``, of the time of ``interval`` updates
         what one measurement adds, by the median difference; and ``low`` and
         ``high``, the share by the ends of the median's 95 % interval. None if
-        the run did not log both kinds.
+        the run logged fewer than FEWEST of both kinds.
     """
     logged = {
         kind: dict(zip(*run.series.get(f'agvm_update_time/{kind}', ((), ()))))
@@ -154,6 +158,8 @@ def update_time(run: Run) -> Optional[Dict[str, Any]]:
     )
     new = (np.diff(slow, prepend=0) != 0) & (np.diff(fast, prepend=0) != 0)
     slow, fast = slow[new], fast[new]
+    if len(slow) < FEWEST:
+        return None
     interval = run.setting('interval', 10)
     shares = [
         extra / (interval * np.median(fast) + extra)

@@ -12,11 +12,11 @@ from torch import nn
 
 from mmagvm.lr_scaling import COCO_IMAGES, RECIPES, Recipe
 
-#: Images of data sets that need not lie here: class, a part of ann_file or,
-#: without one, of data_prefix.
+#: Images of data sets that need not lie here: class, and file of ann_file or,
+#: without one, last folder of data_prefix's images.
 IMAGES = {
-    ('CocoDataset', 'train2017.json'): COCO_IMAGES,
-    ('CocoPanopticDataset', 'train2017.json'): COCO_IMAGES,
+    ('CocoDataset', 'instances_train2017.json'): COCO_IMAGES,
+    ('CocoPanopticDataset', 'panoptic_train2017.json'): COCO_IMAGES,
     ('ADE20KDataset', 'training'): 20210,
 }
 
@@ -94,10 +94,12 @@ def count_images(dataset: Dict[str, Any]) -> int:
         return int(dataset['times']) * count_images(dataset['dataset'])
     if dataset.get('type') == 'MultiImageMixDataset':
         return count_images(dataset['dataset'])
-    paths = str(dataset.get('ann_file') or dataset.get('data_prefix'))
-    for (kind, part), images in IMAGES.items():
-        if dataset.get('type') == kind and part in paths:
-            return images
+    path = dataset.get('ann_file') or (dataset.get('data_prefix') or {}).get(
+        'img_path', ''
+    )
+    known = IMAGES.get((dataset.get('type'), Path(path).name))
+    if known and not dataset.get('metainfo') and not dataset.get('indices'):
+        return known
     try:
         return len(DATASETS.build(copy.deepcopy(dataset)))
     except Exception as error:

@@ -35,6 +35,7 @@ import mmagvm  # noqa: F401  registers AGVM
 from mmagvm.hook import useless_sync_bn
 from mmagvm.lr_scaling import (
     MEASURING_DELAY,
+    RECIPES,
     RULES,
     LRRule,
     Recipe,
@@ -55,11 +56,15 @@ CONSTRUCTORS = (
     'DefaultOptimWrapperConstructor',
     'AGVMOptimWrapperConstructor',
 )
-#: Optimizers to change to: whose rule gives the rate, and their options. Of
-#: these only SGD and AdamW have a learning rate in the paper.
+#: Optimizers to change to: whose rule gives the rate where no recipe of their
+#: own does, and their options. Of these only SGD and AdamW have a learning
+#: rate in the paper.
 OPTIONS: Dict[str, Tuple[str, Dict[str, float]]] = {
     'SGD': ('SGD', dict(momentum=0.9, weight_decay=1e-4)),
-    'LARS': ('SGD', dict(momentum=0.9, weight_decay=1e-4)),
+    'LARS': (
+        'SGD',
+        dict(momentum=0.9, weight_decay=1e-4, trust_coefficient=0.02),
+    ),
     'AdamW': ('AdamW', dict(weight_decay=0.05)),
     'LAMB': ('AdamW', dict(weight_decay=0.05)),
     'PMDLAMB': ('AdamW', dict(weight_decay=0.05)),
@@ -67,7 +72,10 @@ OPTIONS: Dict[str, Tuple[str, Dict[str, float]]] = {
 #: Schedulers that can be a warm-up.
 WARMUPS = ('LinearLR', 'ConstantLR', 'QuadraticWarmupLR')
 #: Numbers in a scheduler that are iterations where ``by_epoch`` is False.
-SPANS = ('begin', 'end', 'milestones', 'T_max', 'step_size', 'total_iters')
+SPANS = (
+    *('begin', 'end', 'milestones', 'T_max', 'step_size', 'total_iters'),
+    *('total_steps', 'periods'),
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -284,13 +292,15 @@ def plan_optimizer(
             options = dict(options, weight_decay=5e-4)
         _, reference = find_rule(like, data)
         rule = reference or RULES[like, 'COCO']
+        if 'LAMB' in name:  # a guess, and the same as that of the recipes
+            rule = RECIPES['faster_rcnn/lamb'].rule
         change = dict(
             _delete_=True, type=name, lr=rounded(rule(batch.size)), **options
         )
         paper = like == name and reference is not None
         reason = (
             f'{optimizer["type"]} -> {name} with learning rate '
-            f'{change["lr"]:g}: {like}, {rule}'
+            f'{change["lr"]:g}: {rule}'
             f'{"" if paper else " (not in the paper: try others)"}'
         )
     result.diff['optim_wrapper'] = dict(optimizer=change)
@@ -443,28 +453,18 @@ def schedule(
             for key in set(SPANS) & set(old):
                 new[key] = scaled(old[key], batch)
         if index == own:
-            if by_epoch and not old.get('convert_to_iter_based'):
-                # whole epochs
-                new['end'] = math.ceil(warmup / (epoch or 1))
-            else:
-                new.update(by_epoch=False, begin=0, end=end)
-                new.pop('convert_to_iter_based', None)
-                new.pop('total_iters', None)
-        elif not by_epoch and 'milestones' not in old and 'end' in old:
-            # what followed the warm-up, or ran beside it, starts after it
-            before = 0 if own is None else schedulers[own]['end']
-            if old.get('begin', 0) in (0, before):
-                new['begin'] = end
-                if 'T_max' in new:
-                    new['T_max'] = new['end'] - end
-        elif by_epoch and own is not None and old.get('begin', 0):
-            first = schedulers[own]
-            if (
-                first.get('by_epoch', True)
-                and old['begin'] == first['end']
-                and not first.get('convert_to_iter_based')
-            ):
-                new['begin'] = math.ceil(warmup / (epoch or 1))
+            new.update(by_epoch=False, begin=0, end=end)
+            new.pop('convert_to_iter_based', None)
+            new.pop('total_iters', None)
+        elif own is not None and follows(old, schedulers[own]):
+            # what followed the old warm-up follows the new one
+            start = new.get('begin', 0)
+            # a warm-up is rounded up to whole updates, not to another epoch
+            new['begin'] = (
+                math.ceil(round(warmup / (epoch or 1), 2)) if by_epoch else end
+            )
+            if 'T_max' in new:
+                new['T_max'] += start - new['begin']
         result.append(new)
     if own is None:
         result.insert(
@@ -478,6 +478,13 @@ def schedule(
             ),
         )
     return result
+
+
+def follows(scheduler: Dict[str, Any], warmup: Dict[str, Any]) -> bool:
+    """Whether a scheduler begins where the warm-up ends."""
+    return scheduler.get('begin', 0) == warmup['end'] and scheduler.get(
+        'by_epoch', True
+    ) == warmup.get('by_epoch', True)
 
 
 def scaled(value: Any, batch: Batch) -> Any:

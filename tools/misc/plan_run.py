@@ -312,6 +312,7 @@ def image_size(cfg: Config) -> Tuple[int, int]:
         kind = step.get('type', '')
         sizes = step.get('scale') or step.get('scales')
         if 'Resize' in kind and sizes:
+            sizes = (sizes, sizes) if isinstance(sizes, int) else sizes
             sizes = [sizes] if isinstance(sizes[0], int) else sizes
             # mmdet and mmseg write the width first
             width, height = max(sizes, key=lambda size: size[0] * size[1])

@@ -74,7 +74,9 @@ def pretrain(study: Mapping[str, Any]) -> float:
         _, right = classify(
             backbone, classifier, *draw(study, 'tune', 500, rng)
         )
-    torch.save(dict(state_dict=backbone.state_dict()), file)
+    part = file.with_suffix('.part')
+    torch.save(dict(state_dict=backbone.state_dict()), part)
+    part.replace(file)  # never half of it
     return float(right)
 
 

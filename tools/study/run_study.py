@@ -170,6 +170,13 @@ def run_all(
 
 def main() -> None:
     args = parse_args()
+    if args.jobs < 1:
+        raise SystemExit(f'--jobs {args.jobs}: write 1 or more')
+    if not args.study.is_file():
+        raise SystemExit(f'--study {args.study}: no such file')
+    for name in ('study', 'results', 'work_dir'):
+        setattr(args, name, getattr(args, name).resolve())
+    os.chdir(ROOT)  # where the data set's folder is declared from
     console = Console()
     study = Config.fromfile(args.study)
     console.print('Drawing data, unless they are there')

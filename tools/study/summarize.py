@@ -195,18 +195,19 @@ def variants_table(study: Mapping[str, Any], done: Done) -> str:
 def cost_table(done: Done) -> str:
     """AGVM's share of a training's time, from updates of the same run."""
     rows = []
-    by_size: Dict[Tuple[str, int], List[Dict[str, float]]] = {}
+    by_size: Dict[Tuple[str, int, int], List[Dict[str, float]]] = {}
     for run, result in done.items():
-        if result.get('update_time') and result['status'] == 'ended':
-            key = run.cell.model, run.cell.batch_size
-            by_size.setdefault(key, []).append(result['update_time'])
-    for (model, size), times in sorted(by_size.items()):
+        time = result.get('update_time')
+        if time and not run.cell.variant and result['status'] == 'ended':
+            key = run.cell.model, run.cell.batch_size, time['interval']
+            by_size.setdefault(key, []).append(time)
+    for (model, size, interval), times in sorted(by_size.items()):
         shares = [100 * time['share'] for time in times]
         rows.append(
             [
                 model,
                 str(size),
-                str(times[0]['interval']),
+                str(interval),
                 str(len(shares)),
                 f'{np.median(shares):.2f} % '
                 f'({min(shares):.2f} to {max(shares):.2f})',
