@@ -201,7 +201,7 @@ train_dataloader = dict(dataset=dict(
     'optimizer, lr, decay, paper',
     [
         ('AdamW', 1.2e-3, 0.05, True),
-        ('LAMB', 1.2e-3, 0.05, False),
+        ('LAMB', 5e-3, 0.05, False),
         ('LARS', 0.32, 1e-4, False),
     ],
 )
@@ -216,6 +216,9 @@ def test_optimizer_is_changed(make, optimizer, lr, decay, paper):
     assert found.type == optimizer
     assert found.lr == pytest.approx(lr, rel=1e-3)
     assert found.weight_decay == decay
+    # table 3 of the appendix, of AdamW
+    clipped = cfg.optim_wrapper.get('clip_grad')
+    assert clipped == (None if optimizer == 'LARS' else dict(max_norm=1.0))
     assert ('not in the paper' in printed) != paper
 
 

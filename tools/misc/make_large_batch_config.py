@@ -203,6 +203,10 @@ def plan_training(
     recipe = recipe_of(
         wanted or cfg.optim_wrapper.optimizer['type'], cfg.train_cfg
     )
+    clip_norm = at(recipe.clip_norm, batch.size)
+    if wanted and clip_norm:
+        result.diff['optim_wrapper']['clip_grad'] = dict(max_norm=clip_norm)
+        result.because(f'gradients clipped to norm {clip_norm:g}, as there')
     warmup, total = plan_schedule(result, cfg, batch, recipe, images)
     plan_agvm(result, cfg, batch, warmup, total, recipe)
     return warmup, total
