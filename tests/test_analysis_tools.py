@@ -345,13 +345,6 @@ def test_time_of_measuring(tmp_path):
     assert run_summary.update_time(load_run(few)) is None
 
 
-def test_interval_of_a_median():
-    # of 100 values the 41st and the 61st: 95 % of samples have it between
-    found = run_summary.median_interval(np.arange(100)[::-1])
-    assert found == (40, 49.5, 60)
-    assert run_summary.median_interval(np.array([3, 1, 2])) == (1, 2, 3)
-
-
 # -- the report
 
 

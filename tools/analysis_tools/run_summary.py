@@ -1,11 +1,16 @@
 """What a run comes to: where it came from, how it ended, what it cost."""
 
 import re
+import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 from run_log import Run
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / 'benchmarks'))
+
+from markdown_report import summary  # noqa: E402
 
 #: Values from which on the smallest and the largest hold the median between
 #: them in 95 % of all cases.
@@ -161,31 +166,22 @@ def update_time(run: Run) -> Optional[Dict[str, Any]]:
     if len(slow) < FEWEST:
         return None
     interval = run.setting('interval', 10)
-    shares = [
-        extra / (interval * np.median(fast) + extra)
-        for extra in median_interval(slow - fast)
-    ]
+    extra = summary(slow - fast)
+    shares = {
+        name: extra[end] / (interval * np.median(fast) + extra[end])
+        for name, end in (
+            ('low', 'low95'),
+            ('share', 'median'),
+            ('high', 'high95'),
+        )
+    }
     return dict(
         measured=float(np.median(slow)),
         unmeasured=float(np.median(fast)),
         count=len(slow),
         interval=interval,
-        **dict(zip(('low', 'share', 'high'), shares)),
+        **shares,
     )
-
-
-def median_interval(values: np.ndarray) -> Tuple[float, float, float]:
-    """The median between the ends of its 95 % interval.
-
-    They are two of the values, of ranks that suppose nothing of the
-    distribution (the binomial's, by its normal approximation).
-    """
-    ordered = np.sort(values)
-    n = len(ordered)
-    half = 1.96 * np.sqrt(n) / 2
-    low = max(int(np.floor(n / 2 - half)), 0)
-    high = min(int(np.ceil(n / 2 + half)), n - 1)
-    return float(ordered[low]), float(np.median(ordered)), float(ordered[high])
 
 
 def _search(file: Path, pattern: str) -> Optional[str]:
