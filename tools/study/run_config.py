@@ -79,6 +79,10 @@ def set_data(cfg: Config, study: Mapping[str, Any], run: Run) -> None:
         loader.dataset = dict(
             dataset(study['data']['root'], split), pipeline=pipeline
         )
+        if part == 'train':
+            loader.dataset = dict(
+                type='mmengine.InMemoryDataset', dataset=loader.dataset
+            )
         if part != 'train' and not segments:
             cfg[f'{part}_evaluator'].ann_file = annotations(
                 study['data']['root'], split

@@ -39,7 +39,7 @@ backbone = dict(
     strides=(1, 2, 2),
     dilations=(1, 1, 1),
     base_channels=16,
-    frozen_stages=-1,
+    frozen_stages=1,
     norm_eval=False,
 )
 neck = dict(in_channels=[32, 64], out_channels=32, num_outs=2)
@@ -56,9 +56,14 @@ faster_rcnn = dict(
             out_channels=32,
             featmap_strides=[8, 16],
             finest_scale=12,
-            roi_layer=dict(sampling_ratio=1),
+            roi_layer=dict(output_size=5, sampling_ratio=1),
         ),
-        bbox_head=dict(in_channels=32, fc_out_channels=64, num_classes=10),
+        bbox_head=dict(
+            in_channels=32,
+            roi_feat_size=5,
+            fc_out_channels=64,
+            num_classes=10,
+        ),
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=32)),
@@ -146,15 +151,15 @@ models = dict(
     ),
 )
 
-# -- methods: what is the same for each of them is its budget, a grid of four
+# -- methods: what is the same for each of them is its budget, a grid of three
 # rates a factor of two apart, moved on while the best is at its end, at most
 # `grid_moves` times. Each is measured, only AGVM is modulated.
 grid_moves = 2
 sgd = dict(type='SGD', momentum=0.9, weight_decay=1e-4)
 adamw = dict(type='AdamW', weight_decay=0.05)
-sgd_rates = [0.02, 0.04, 0.08, 0.16]
-adamw_rates = [5e-4, 1e-3, 2e-3, 4e-3]
-lamb_rates = [2.5e-3, 5e-3, 1e-2, 2e-2]
+sgd_rates = [0.04, 0.08, 0.16]
+adamw_rates = [1e-3, 2e-3, 4e-3]
+lamb_rates = [5e-3, 1e-2, 2e-2]
 methods = dict(
     sgd=dict(optimizer=sgd, modulate=False, rates=sgd_rates),
     agvm_sgd=dict(optimizer=sgd, modulate=True, rates=sgd_rates),
@@ -163,7 +168,7 @@ methods = dict(
     lars=dict(
         optimizer=dict(sgd, type='LARS', trust_coefficient=0.02),
         modulate=False,
-        rates=[0.04, 0.08, 0.16, 0.32],
+        rates=[0.08, 0.16, 0.32],
     ),
     adamw=dict(optimizer=adamw, modulate=False, rates=adamw_rates),
     agvm_adamw=dict(optimizer=adamw, modulate=True, rates=adamw_rates),
@@ -221,7 +226,7 @@ variants = dict(
 # -- stages, done one after the other. A stage's cells are all its models,
 # methods, batch sizes and variants. Each is tuned with `tune_seed`, but cells
 # with a variant, which take the rate that was best without; then it is trained
-# with its best rate and each of `seeds`, and tested.
+# with its best rate and each of `seeds`, where that has not been done.
 tune_seed = 0
 stages = [
     dict(
@@ -229,7 +234,7 @@ stages = [
         models=['faster_rcnn'],
         methods=['sgd', 'agvm_sgd'],
         batch_sizes=[32, 256],
-        seeds=[1, 2, 3],
+        seeds=[0, 1, 2],
     ),
     dict(
         name='what misaligns the variances',
@@ -237,14 +242,14 @@ stages = [
         methods=['sgd'],
         batch_sizes=[32, 256],
         variants=['no_fpn', 'few_proposals', 'frozen_head'],
-        seeds=[1],
+        seeds=[0],
     ),
     dict(
         name='LARS, AdamW and LAMB at the largest batch',
         models=['faster_rcnn'],
         methods=['lars', 'adamw', 'agvm_adamw', 'lamb', 'pmd_lamb'],
         batch_sizes=[256],
-        seeds=[1, 2, 3],
+        seeds=[0, 1, 2],
     ),
     dict(
         name="AGVM's settings",
@@ -257,34 +262,34 @@ stages = [
             *('anchor_neck', 'anchor_rpn', 'anchor_head'),
             *('begin_0', 'begin_late'),
         ],
-        seeds=[1, 2],
+        seeds=[0, 1],
     ),
     dict(
         name='the same methods at the reference batch',
         models=['faster_rcnn'],
         methods=['lars', 'adamw', 'agvm_adamw', 'lamb', 'pmd_lamb'],
         batch_sizes=[32],
-        seeds=[1, 2, 3],
+        seeds=[0, 1, 2],
     ),
     dict(
         name='other pipelines',
         models=['retinanet', 'mask_rcnn', 'sem_fpn'],
         methods=['sgd', 'agvm_sgd'],
         batch_sizes=[32, 256],
-        seeds=[1, 2, 3],
+        seeds=[0, 1, 2],
     ),
     dict(
         name='a batch in between',
         models=['faster_rcnn'],
         methods=['sgd', 'agvm_sgd'],
         batch_sizes=[128],
-        seeds=[1, 2, 3],
+        seeds=[0, 1, 2],
     ),
     dict(
         name='the other methods at the batch in between',
         models=['faster_rcnn'],
         methods=['lars', 'adamw', 'agvm_adamw', 'lamb', 'pmd_lamb'],
         batch_sizes=[128],
-        seeds=[1, 2, 3],
+        seeds=[0, 1, 2],
     ),
 ]

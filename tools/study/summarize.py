@@ -51,9 +51,7 @@ def finals(study: Mapping[str, Any], done: Done, cell: Cell) -> List[Result]:
     return [
         result
         for run, result in done.items()
-        if run.cell == cell
-        and run.lr == rate
-        and run.seed != study['tune_seed']
+        if run.cell == cell and run.lr == rate and rate is not None
     ]
 
 
@@ -130,24 +128,12 @@ def middle_mean(bins: Sequence[Optional[float]]) -> float:
     return float(np.mean(values)) if values else float('nan')
 
 
-def representatives(
-    study: Mapping[str, Any], done: Done, cell: Cell
-) -> List[Result]:
-    """Results whose phi are shown for a cell: of its tuned rate, all seeds."""
-    rate = best_rate(study, cell, done)
-    return [
-        result
-        for run, result in done.items()
-        if run.cell == cell and run.lr == rate and rate is not None
-    ]
-
-
 def variance_table(study: Mapping[str, Any], done: Done, model: str) -> str:
     """phi of each module, mid-training, and how far apart they are."""
     rows: List[List[str]] = []
     modules: List[str] = []
     for cell in cells_of(study, done):
-        results = representatives(study, done, cell)
+        results = finals(study, done, cell)
         if cell.model != model or not results:
             continue
         phis = {
@@ -238,7 +224,7 @@ def draw(study: Mapping[str, Any], done: Done, file: Path) -> None:
             1, len(panels), figsize=(PAGE, 2.4), sharex=True, sharey=True
         )
         for axis, (title, cell) in zip(axes, panels):
-            results = representatives(study, done, cell)
+            results = finals(study, done, cell)
             metric = tested(finals(study, done, cell))
             axis.set_title(f'{title}\nbox AP {metric}')
             axis.set_xlabel('epoch')

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Mapping
 
+import in_memory  # noqa: F401  registers its data set
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -29,8 +30,8 @@ def train(study: Mapping[str, Any], run: Run, work_dir: Path) -> Dict:
 
     Returns:
         What identifies the run; ``status``, 'ended' or 'diverged';
-        ``metrics``, for runs that are not for tuning also of the test split,
-        0 where it diverged; and what its log says.
+        ``metrics`` on tuning and test images, 0 where it diverged; and what
+        its log says.
     """
     runner = Runner.from_cfg(make_config(study, run, work_dir))
     metric = study['models'][run.cell.model]['metric']
@@ -38,9 +39,10 @@ def train(study: Mapping[str, Any], run: Run, work_dir: Path) -> Dict:
     started = time.perf_counter()
     try:
         runner.train()
-        metrics = dict(tune=validated(runner, metric))
-        if run.seed != study['tune_seed']:
-            metrics['test'] = float(runner.test().get(metric, 0.0))
+        metrics = dict(
+            tune=validated(runner, metric),
+            test=float(runner.test().get(metric, 0.0)),
+        )
     except Exception:
         if not diverged(runner):
             raise
