@@ -11,7 +11,16 @@ import pytest
 import run_study
 from commands import ROOT
 from mmengine.config import Config
-from plan import Cell, Run, best_rate, by_run, cells, plan, tuning_rates
+from plan import (
+    Cell,
+    Run,
+    best_rate,
+    by_run,
+    cells,
+    fingerprint,
+    plan,
+    tuning_rates,
+)
 from summarize import mean_and_spread, middle_mean, variance_table
 
 STUDY = ROOT / 'tools/study/study.py'
@@ -27,7 +36,7 @@ grid_moves = 0
 methods = dict(sgd=dict(rates=[0.01]), agvm_sgd=dict(rates=[0.01]))
 stages = [
     dict(name='tiny', models=['faster_rcnn'], methods=['sgd', 'agvm_sgd'],
-         batch_sizes=[8], seeds=[1])]
+         batch_sizes=[8], seeds=[0, 1])]
 """
 CELL = Cell('m', 'sgd', 32)
 
@@ -37,6 +46,11 @@ def study(**changes):
         dict(
             grid_moves=2,
             tune_seed=0,
+            data=dict(images=8),
+            pretraining={},
+            training=dict(epochs=2),
+            models=dict(m={}),
+            variants=dict(late={}),
             methods=dict(sgd=dict(rates=[1.0, 2.0, 4.0])),
             stages=[
                 dict(
@@ -53,12 +67,16 @@ def study(**changes):
 
 def results(metric_by_rate, cell=CELL, seed=0):
     return by_run(
-        dict(
-            Run(cell, rate, seed).to_dict(),
-            status='ended',
-            metrics=dict(tune=metric),
-        )
-        for rate, metric in metric_by_rate.items()
+        study(),
+        (
+            dict(
+                Run(cell, rate, seed).to_dict(),
+                status='ended',
+                metrics=dict(tune=metric),
+                declaration=fingerprint(study(), cell),
+            )
+            for rate, metric in metric_by_rate.items()
+        ),
     )
 
 
@@ -106,7 +124,25 @@ def test_variants_take_the_rate_without_and_nothing_is_done_twice():
 
 def test_failed_runs_are_repeated():
     failed = dict(Run(CELL, 1.0, 0).to_dict(), status='failed')
-    assert by_run([failed]) == {}
+    assert by_run(study(), [failed]) == {}
+
+
+@pytest.mark.parametrize(
+    'changes, kept',
+    [
+        (dict(grid_moves=0), True),
+        (dict(methods=dict(sgd=dict(rates=[8.0]))), True),
+        (dict(methods=dict(sgd=dict(rates=[1.0], modulate=True))), False),
+        (dict(methods=dict(adamw=dict(rates=[1.0]))), False),
+        (dict(training=dict(epochs=3)), False),
+        (dict(data=dict(images=9)), False),
+        (dict(models=dict(m=dict(depth=18))), False),
+        (dict(variants=dict(late=dict(begin=1))), True),
+    ],
+)
+def test_runs_declared_otherwise_now_are_repeated(changes, kept):
+    found = results({1.0: 0.1}).values()
+    assert bool(by_run(study(**changes), found)) is kept
 
 
 def test_declaration_is_sound():
@@ -208,7 +244,7 @@ def test_study_is_stopped_and_goes_on_and_ends(tiny):
     for result in map(json.loads, after):
         assert result['status'] == 'ended'
         assert result['measurements']['measured'] == 4
-        assert ('test' in result['metrics']) == (result['seed'] == 1)
+        assert result['metrics'].keys() == {'tune', 'test'}
         scales = [
             value
             for module in ('neck', 'rpn_head', 'roi_head.bbox_head')

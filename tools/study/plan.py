@@ -1,5 +1,7 @@
 """Which runs a study is made of, given the results that there are."""
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional
 
@@ -62,13 +64,36 @@ class Run:
         return cls(cell, values['lr'], values['seed'])
 
 
-def by_run(results: Iterable[Result]) -> Dict[Run, Result]:
-    """Results by their run, without those that failed for other reasons."""
-    return {
-        Run.from_dict(result): result
-        for result in results
-        if result['status'] != 'failed'
-    }
+def fingerprint(study: Mapping[str, Any], cell: Cell) -> str:
+    """Of all that is declared of a cell's runs but their rates and seeds."""
+    parts = [study[name] for name in ('data', 'pretraining', 'training')]
+    parts += [
+        study['models'][cell.model],
+        {**study['methods'][cell.method], 'rates': None},
+        study['variants'].get(cell.variant),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def by_run(
+    study: Mapping[str, Any], results: Iterable[Result]
+) -> Dict[Run, Result]:
+    """Results by their run.
+
+    Left out are those that failed for reasons of the machine's, and those of
+    what is declared otherwise now.
+    """
+    runs = {}
+    for result in results:
+        run = Run.from_dict(result)
+        if (
+            result['status'] != 'failed'
+            and run.cell.model in study['models']
+            and run.cell.method in study['methods']
+            and result['declaration'] == fingerprint(study, run.cell)
+        ):
+            runs[run] = result
+    return runs
 
 
 def cells(stage: Mapping[str, Any]) -> List[Cell]:

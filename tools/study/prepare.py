@@ -47,6 +47,7 @@ def pretrain(study: Mapping[str, Any]) -> float:
     torch.manual_seed(study['data']['seed'])
     rng = np.random.default_rng([study['data']['seed'], len(SPLITS)])
     options = dict(study['models']['faster_rcnn']['model'][0]['backbone'])
+    options['frozen_stages'] = -1  # a detector freezes what was trained here
     backbone = ResNet(**options)
     backbone.init_weights()
     classifier = nn.LazyLinear(10)

@@ -122,7 +122,7 @@ def run_all(
     study: Mapping[str, Any], args: argparse.Namespace, console: Console
 ) -> int:
     """Do all runs; how many failed."""
-    done = by_run(read_results(args.results))
+    done = by_run(study, read_results(args.results))
     failed: Set[Run] = set()
     running: Dict[Future, Run] = {}
     with (

@@ -11,6 +11,6 @@ stages = [
         models=['faster_rcnn'],
         methods=['sgd', 'agvm_sgd'],
         batch_sizes=[32, 128],
-        seeds=[1],
+        seeds=[0],
     )
 ]

@@ -11,13 +11,23 @@ bash tools/setup_env.sh
 # shellcheck disable=SC1091
 source .venv/bin/activate
 rm -rf $OUT
+mkdir -p $OUT
 study() {
     python tools/study/run_study.py --study tools/study/smoke.py \
         --results $OUT/results.jsonl --work-dir $OUT/runs --jobs 2
 }
 
-echo "== Started, and stopped before it is done"
-timeout --signal=KILL 90 bash -c "$(declare -f study); OUT=$OUT study" || true
+echo "== Started, and killed with two runs done and two begun"
+set -m # a process group of its own
+study &
+until [ -s $OUT/results.jsonl ]; do
+    kill -0 $! # or it has failed
+    sleep 1
+done
+sleep 20
+kill -KILL -- -$!
+wait $! || true
+set +m
 echo "== Going on"
 study
 before=$(wc -l < $OUT/results.jsonl)

@@ -266,7 +266,7 @@ def main() -> None:
         raise SystemExit(
             f'{args.results}: no results: start tools/study/run_study.py'
         )
-    done = by_run(results)
+    done = by_run(study, results)
     for model in dict.fromkeys(run.cell.model for run in done):
         fill(args.out, f'results {model}', results_table(study, done, model))
         fill(args.out, f'tuning {model}', tuning_table(study, done, model))

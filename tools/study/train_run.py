@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.runner import Runner
-from plan import Run
+from plan import Run, fingerprint
 from run_config import make_config
 from run_log import QUANTITIES, Series, load_run
 from run_summary import measurements, update_time
@@ -53,6 +53,7 @@ def train(study: Mapping[str, Any], run: Run, work_dir: Path) -> Dict:
         metrics=metrics,
         seconds=round(time.perf_counter() - started, 1),
         **summary(work_dir),
+        declaration=fingerprint(study, run.cell),
         commit=full_version(),
         torch=torch.__version__,
         device=str(next(runner.model.parameters()).device.type),
