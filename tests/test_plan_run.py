@@ -4,6 +4,7 @@ No time is measured but by --profile, and none is asserted.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from mmengine.config import Config
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / 'tools/misc'), str(ROOT / 'tools/benchmarks')]
 
+import iteration_profile  # noqa: E402
 import make_large_batch_config as large_batch  # noqa: E402
 import plan_accuracy  # noqa: E402
 import plan_run as tool  # noqa: E402
+import time_model  # noqa: E402
 
 QUICKSTART = str(
     ROOT / 'configs/quickstart/faster-rcnn_r18_fpn_2xb8-agvm-4e_digits.py'
@@ -26,34 +29,35 @@ ADAMW = str(
 SEM_FPN = str(
     ROOT / 'configs/sem_fpn/fpn_r50_2xb16-agvm-160k_ade20k-512x512.py'
 )
-CLUSTER = tool.Cluster(0.1, 1e9, 1e-5)
-GRADIENTS = tool.Gradients(100e6, 4)
+CLUSTER = time_model.Cluster(0.1, 1e9, 1e-5)
+GRADIENTS = time_model.Gradients(100e6, 4)
 
 # -- the model of time
 
 
 def test_ring_by_hand():
     # 6 steps: each sends a quarter of 100 MB at 1 GB/s, and waits 10 us twice
-    assert tool.all_reduce_seconds(4, 100e6, 2, CLUSTER) == pytest.approx(
-        6 * (0.025 + 2e-5)
-    )
-    assert tool.all_reduce_seconds(1, 100e6, 2, CLUSTER) == 0
+    assert time_model.all_reduce_seconds(
+        4, 100e6, 2, CLUSTER
+    ) == pytest.approx(6 * (0.025 + 2e-5))
+    assert time_model.all_reduce_seconds(1, 100e6, 2, CLUSTER) == 0
 
 
 def test_buckets_are_those_of_ddp():
     mib = 2**20
     assert [
-        tool.Gradients(size * mib, 1).buckets for size in (0.5, 1, 2, 26, 27)
+        time_model.Gradients(size * mib, 1).buckets
+        for size in (0.5, 1, 2, 26, 27)
     ] == [1, 1, 2, 2, 3]
 
 
 def test_parts_of_an_update():
     def parts(estimator, measured=0.1, cluster=CLUSTER):
-        return tool.update_seconds(
+        return time_model.update_seconds(
             4, 2, GRADIENTS, cluster, estimator, measured
         )
 
-    whole = tool.all_reduce_seconds(4, 100e6, GRADIENTS.buckets, CLUSTER)
+    whole = time_model.all_reduce_seconds(4, 100e6, GRADIENTS.buckets, CLUSTER)
     split, pairs = parts('split'), parts('pairs')
     assert split.compute == pairs.compute == 0.2
     assert split.all_reduce == pairs.all_reduce == pytest.approx(whole)
@@ -62,7 +66,7 @@ def test_parts_of_an_update():
     assert pairs.agvm == pytest.approx((6 * 32 / 4 / 1e9 + 6e-5) / 10)
     assert parts('split', measured=0).agvm == 0
     assert split.total == pytest.approx(0.2 + 1.1 * whole)
-    hidden = tool.replace(CLUSTER, overlap=0.75)
+    hidden = replace(CLUSTER, overlap=0.75)
     half = parts('split', cluster=hidden)
     assert half.all_reduce == pytest.approx(whole / 4)
     assert half.agvm == pytest.approx(whole / 40)
@@ -117,13 +121,13 @@ def test_calibration_meets_both_times(adamw):
         found = tool.calibrate(
             times,
             GRADIENTS,
-            tool.Cluster(0, 25e9, 0, overlap=0.5),
+            time_model.Cluster(0, 25e9, 0, overlap=0.5),
             estimator,
         )
         assert found.compute > 0 and found.latency > 0
         assert (found.bandwidth, found.overlap) == (25e9, 0.5)
         for training, seconds in times:
-            update = tool.update_seconds(
+            update = time_model.update_seconds(
                 training.batch.gpus,
                 1,
                 GRADIENTS,
@@ -171,7 +175,7 @@ def test_gradients_are_those_of_trained_parameters():
     'config, size', [(QUICKSTART, (96, 96)), (SEM_FPN, (512, 512))]
 )
 def test_images_are_as_large_as_the_pipelines(config, size):
-    assert tool.image_size(Config.fromfile(config)) == size
+    assert iteration_profile.image_size(Config.fromfile(config)) == size
 
 
 def test_images_of_many_scales_and_nested_pipelines():
@@ -190,11 +194,11 @@ def test_images_of_many_scales_and_nested_pipelines():
             )
         )
     )
-    assert tool.image_size(cfg) == (800, 1333)
+    assert iteration_profile.image_size(cfg) == (800, 1333)
     inner['pipeline'] = []
     cfg.train_dataloader.dataset.dataset = inner
     with pytest.raises(SystemExit, match='--image-size'):
-        tool.image_size(cfg)
+        iteration_profile.image_size(cfg)
 
 
 # -- the command
@@ -270,6 +274,17 @@ def test_profile_trains_the_model(monkeypatch, capsys):
         ),
         (
             [
+                *(QUICKSTART, *BASIC, '--calibrate', '16:8', '8:4'),
+                *('--overlap', 1, '--estimator', 'split'),
+            ],
+            '--overlap 1: no latency',
+        ),
+        (
+            [QUICKSTART, *BASIC, '--calibrate', '8:8', '8:4'],
+            'two times on as many GPUs',
+        ),
+        (
+            [
                 QUICKSTART,
                 *('--gpus', 1, '--images-per-gpu', 2, '--ms-per-iter', 1),
             ],
@@ -298,9 +313,9 @@ def test_unknown_data_set_needs_a_rule():
 
 
 def test_cluster_is_fitted_to_its_own_times():
-    truth = tool.Cluster(0.5, 2e9, 1e-4)
+    truth = time_model.Cluster(0.5, 2e9, 1e-4)
     times = {
-        size: [tool.all_reduce_seconds(2, size, 1, truth), 1.0]
+        size: [time_model.all_reduce_seconds(2, size, 1, truth), 1.0]
         for size in plan_accuracy.SIZES
     }
     found = plan_accuracy.fit_cluster([0.6, 0.5, 9.0], times)

@@ -29,7 +29,7 @@ from rank_cost import ESTIMATORS, PLAIN, Variant, update
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / 'misc'))
 
-from plan_run import (  # noqa: E402
+from time_model import (  # noqa: E402
     Cluster,
     Gradients,
     all_reduce_seconds,

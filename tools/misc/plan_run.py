@@ -1,33 +1,15 @@
-"""Plans a training with AGVM: its length, learning rate, warm-up and time.
-
-The time of an update is that of the forward and backward passes on one GPU,
-of a ring all-reduce of the gradients, and of what AGVM sends on top. The model
-and what it leaves out are in docs/planning.md.
-
-========  =====================================================================
-symbol    meaning
-========  =====================================================================
-n         GPUs
-V         bytes of the gradients
-b         bandwidth of a GPU's slowest link, in bytes per second
-a         latency of one step of the ring, in seconds
-k         collectives that V is cut into, DDP's buckets
-========  =====================================================================
-"""
+"""Plans a training with AGVM: its length, learning rate, warm-up and time."""
 
 import argparse
 import math
-import statistics
 import sys
-import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import make_large_batch_config
 import numpy as np
-import torch
 from config_utils import (
     build_model,
     count_images,
@@ -35,15 +17,14 @@ from config_utils import (
     innermost,
     is_iteration_based,
     load,
-    one_line,
     refuse,
 )
+from iteration_profile import image_size, profile
 from make_large_batch_config import Batch, Plan, check
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.model import revert_sync_batchnorm
-from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
+from time_model import Cluster, Gradients, Update, update_seconds
 from torch import nn
 
 from mmagvm.optim_wrapper_constructor import find_modules
@@ -54,117 +35,6 @@ from markdown_report import table  # noqa: E402
 
 #: GPUs of the table.
 GPUS = (8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536)
-#: DDP's buckets: the first, and the others (its bucket_cap_mb).
-FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
-#: What pairs sends of a module: one float64.
-NORM = 8
-#: Objects in an image of COCO, on average: 860001 boxes, 117266 images.
-OBJECTS = 7
-WARM_UP = 2
-
-
-# -- the model of time
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What an update's time depends on besides its length.
-
-    Args:
-        compute: Seconds of forward, backward and step on one GPU, for one
-            micro-batch.
-        bandwidth: b.
-        latency: a.
-        overlap: Part of the all-reduce that backward hides, from 0 to 1.
-    """
-
-    compute: float
-    bandwidth: float
-    latency: float
-    overlap: float = 0.0
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """What is sent in an update.
-
-    Args:
-        size: V.
-        modules: How many AGVM tells apart.
-    """
-
-    size: float
-    modules: int
-
-    @property
-    def buckets(self) -> int:
-        """k: collectives that DDP cuts an all-reduce of them into."""
-        rest = max(0.0, self.size - FIRST_BUCKET)
-        return 1 + math.ceil(rest / BUCKET)
-
-
-@dataclass(frozen=True)
-class Update:
-    """Seconds of an update, on average over measured and other ones."""
-
-    compute: float
-    all_reduce: float
-    agvm: float
-
-    @property
-    def total(self) -> float:
-        return self.compute + self.all_reduce + self.agvm
-
-
-def all_reduce_seconds(
-    gpus: int, size: float, calls: int, cluster: Cluster
-) -> float:
-    """A ring's time: 2 (n - 1) / n * V / b + k * 2 (n - 1) * a.
-
-    Args:
-        gpus: n.
-        size: V.
-        calls: k.
-        cluster: With b and a.
-    """
-    steps = 2 * (gpus - 1)
-    return (
-        steps / gpus * size / cluster.bandwidth
-        + calls * steps * cluster.latency
-    )
-
-
-def update_seconds(
-    gpus: int,
-    accumulation: int,
-    gradients: Gradients,
-    cluster: Cluster,
-    estimator: str,
-    measured: float,
-) -> Update:
-    """The parts of an update's time.
-
-    Args:
-        gpus: n.
-        accumulation: Micro-batches.
-        gradients: What is sent.
-        cluster: What that takes.
-        estimator: AGVM's: 'split' sends the gradients once more on measured
-            updates, 'pairs' a number for each module.
-        measured: Part of the updates that AGVM measures, from 0 to 1.
-    """
-    whole = all_reduce_seconds(
-        gpus, gradients.size, gradients.buckets, cluster
-    )
-    shown = 1 - cluster.overlap
-    if estimator == 'split':
-        agvm = shown * whole
-    else:  # after backward: nothing hides it
-        agvm = all_reduce_seconds(gpus, NORM * gradients.modules, 1, cluster)
-    return Update(
-        accumulation * cluster.compute, shown * whole, measured * agvm
-    )
-
 
 # -- what is trained
 
@@ -293,7 +163,15 @@ def calibrate(
         )
         rest.append(whole / training.updates - fixed)
     if abs(np.linalg.det(rows)) < 1e-9:
-        refuse('--calibrate: two times on as many GPUs: give different ones')
+        if len({training.batch.gpus for training, _ in times}) == 1:
+            refuse(
+                '--calibrate: two times on as many GPUs: give different ones'
+            )
+        refuse(
+            f'--overlap {cluster.overlap:g}: no latency shows in a time where '
+            'all of it is hidden: write less, or --ms-per-iter in place of '
+            '--calibrate'
+        )
     compute, latency = np.linalg.solve(rows, rest)
     if compute <= 0 or latency < 0:
         refuse(
@@ -303,150 +181,6 @@ def calibrate(
             '--bandwidth-gbps'
         )
     return Cluster(compute, cluster.bandwidth, latency, cluster.overlap)
-
-
-def image_size(cfg: Config) -> Tuple[int, int]:
-    """Height and width of the largest images that the pipeline gives."""
-    found = None
-    for step in pipeline(cfg):
-        kind = step.get('type', '')
-        sizes = step.get('scale') or step.get('scales')
-        if 'Resize' in kind and sizes:
-            sizes = (sizes, sizes) if isinstance(sizes, int) else sizes
-            sizes = [sizes] if isinstance(sizes[0], int) else sizes
-            # mmdet and mmseg write the width first
-            width, height = max(sizes, key=lambda size: size[0] * size[1])
-            found = int(height), int(width)
-        elif kind == 'RandomCrop' and 'crop_size' in step:
-            size = step['crop_size']
-            height, width = (size, size) if isinstance(size, int) else size
-            if height > 1:  # or a part of the image
-                found = int(height), int(width)
-    if found is None:
-        refuse(
-            'the pipeline of train_dataloader tells no image size: write '
-            '--image-size HEIGHT WIDTH'
-        )
-    assert found is not None
-    return found
-
-
-def pipeline(cfg: Config) -> Iterator[Dict[str, Any]]:
-    """Every step that an image goes through, inner data sets first."""
-
-    def datasets(dataset: Dict[str, Any]) -> List[Dict[str, Any]]:
-        inner = dataset.get('dataset') or (dataset.get('datasets') or [{}])[0]
-        return [*(datasets(inner) if inner else []), dataset]
-
-    for dataset in datasets(cfg.train_dataloader.dataset):
-        steps = list(dataset.get('pipeline') or [])
-        while steps:
-            step = steps.pop(0)
-            yield step
-            inner = step.get('transforms') or []
-            # RandomChoice has a list of pipelines
-            inner = inner[0] if inner and isinstance(inner[0], list) else inner
-            steps = [*inner, *steps]
-
-
-def make_data(
-    cfg: Config, images: int, size: Tuple[int, int]
-) -> Dict[str, Any]:
-    """Noise with random annotations, as a data loader gives images."""
-    height, width = size
-    if cfg.get('default_scope') == 'mmseg':
-        from mmengine.structures import PixelData
-        from mmseg.structures import SegDataSample
-
-        samples = []
-        for _ in range(images):
-            sample = SegDataSample(
-                metainfo=dict(img_shape=size, ori_shape=size)
-            )
-            sample.gt_sem_seg = PixelData(
-                data=torch.randint(0, 2, (1, height, width))
-            )
-            samples.append(sample)
-        inputs = [
-            torch.randint(0, 256, (3, height, width)).to(torch.uint8)
-            for _ in range(images)
-        ]
-        return dict(inputs=inputs, data_samples=samples)
-    from mmdet.testing import demo_mm_inputs
-
-    steps = list(pipeline(cfg))
-    strides = [
-        round(1 / step['scale_factor'])
-        for step in steps
-        if step.get('type') == 'SegRescale'
-    ]
-    # which loads masks and a map unless told otherwise
-    panoptic = any('Panoptic' in step.get('type', '') for step in steps)
-    data: Dict[str, Any] = demo_mm_inputs(
-        images,
-        [(3, height, width)] * images,
-        num_items=[OBJECTS] * images,
-        with_mask=panoptic or any(s.get('with_mask') for s in steps),
-        with_semantic=panoptic or any(s.get('with_seg') for s in steps),
-        sem_seg_output_strides=strides[0] if strides else 1,
-    )
-    return data
-
-
-def profile(
-    cfg: Config,
-    model: nn.Module,
-    images: int,
-    size: Tuple[int, int],
-    repetitions: int,
-) -> float:
-    """Seconds of a training iteration on this device, the median.
-
-    Args:
-        cfg: Of the model and its optimizer.
-        model: It is trained, on noise.
-        images: Of an iteration.
-        size: Height and width.
-        repetitions: Iterations that count; two go before them.
-    """
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    print(
-        f'profile on {device}: {images} images of {size[0]} x {size[1]}',
-        flush=True,
-    )
-    amp = 'Amp' in cfg.optim_wrapper.get('type', '') and device == 'cuda'
-    optimizer = dict(cfg.optim_wrapper.optimizer, lr=1e-9)
-    seconds = []
-    try:
-        model.init_weights()
-        # which CPUs have not, and which one process does not need
-        model = revert_sync_batchnorm(model).to(device).train()
-        wrapper = build_optim_wrapper(
-            model,
-            dict(
-                type='AmpOptimWrapper' if amp else 'OptimWrapper',
-                optimizer=optimizer,
-            ),
-        )
-        data = make_data(cfg, images, size)
-        for number in range(WARM_UP + repetitions):
-            start = time.perf_counter()
-            model.train_step(data, optim_wrapper=wrapper)
-            if device == 'cuda':
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-            kind = 'warm-up' if number < WARM_UP else 'counts'
-            print(
-                f'  {number + 1}/{WARM_UP + repetitions}: '
-                f'{seconds[-1] * 1e3:.0f} ms ({kind})',
-                flush=True,
-            )
-    except Exception as error:  # whatever models raise
-        refuse(
-            f'--profile: the model cannot be trained here '
-            f'({one_line(error)}): measure it and write --ms-per-iter'
-        )
-    return statistics.median(seconds[WARM_UP:])
 
 
 # -- telling

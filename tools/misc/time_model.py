@@ -1,0 +1,124 @@
+"""The time of an update with AGVM on many GPUs.
+
+It is that of the forward and backward passes on one GPU, of a ring all-reduce
+of the gradients, and of what AGVM sends on top. What it leaves out is in
+docs/planning.md.
+
+========  =====================================================================
+symbol    meaning
+========  =====================================================================
+n         GPUs
+V         bytes of the gradients
+b         bandwidth of a GPU's slowest link, in bytes per second
+a         latency of one step of the ring, in seconds
+k         collectives that V is cut into, DDP's buckets
+========  =====================================================================
+"""
+
+import math
+from dataclasses import dataclass
+
+#: DDP's buckets: the first, and the others (its bucket_cap_mb).
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
+#: What pairs sends of a module: one float64.
+NORM = 8
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What an update's time depends on besides its length.
+
+    Args:
+        compute: Seconds of forward, backward and step on one GPU, for one
+            micro-batch.
+        bandwidth: b.
+        latency: a.
+        overlap: Part of the all-reduce that backward hides, from 0 to 1.
+    """
+
+    compute: float
+    bandwidth: float
+    latency: float
+    overlap: float = 0.0
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What is sent in an update.
+
+    Args:
+        size: V.
+        modules: How many AGVM tells apart.
+    """
+
+    size: float
+    modules: int
+
+    @property
+    def buckets(self) -> int:
+        """k: collectives that DDP cuts an all-reduce of them into."""
+        rest = max(0.0, self.size - FIRST_BUCKET)
+        return 1 + math.ceil(rest / BUCKET)
+
+
+@dataclass(frozen=True)
+class Update:
+    """Seconds of an update, on average over measured and other ones."""
+
+    compute: float
+    all_reduce: float
+    agvm: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.all_reduce + self.agvm
+
+
+def all_reduce_seconds(
+    gpus: int, size: float, calls: int, cluster: Cluster
+) -> float:
+    """A ring's time: 2 (n - 1) / n * V / b + k * 2 (n - 1) * a.
+
+    Args:
+        gpus: n.
+        size: V.
+        calls: k.
+        cluster: With b and a.
+    """
+    steps = 2 * (gpus - 1)
+    return (
+        steps / gpus * size / cluster.bandwidth
+        + calls * steps * cluster.latency
+    )
+
+
+def update_seconds(
+    gpus: int,
+    accumulation: int,
+    gradients: Gradients,
+    cluster: Cluster,
+    estimator: str,
+    measured: float,
+) -> Update:
+    """The parts of an update's time.
+
+    Args:
+        gpus: n.
+        accumulation: Micro-batches.
+        gradients: What is sent.
+        cluster: What that takes.
+        estimator: AGVM's: 'split' sends the gradients once more on measured
+            updates, 'pairs' a number for each module.
+        measured: Part of the updates that AGVM measures, from 0 to 1.
+    """
+    whole = all_reduce_seconds(
+        gpus, gradients.size, gradients.buckets, cluster
+    )
+    shown = 1 - cluster.overlap
+    if estimator == 'split':
+        agvm = shown * whole
+    else:  # after backward: nothing hides it
+        agvm = all_reduce_seconds(gpus, NORM * gradients.modules, 1, cluster)
+    return Update(
+        accumulation * cluster.compute, shown * whole, measured * agvm
+    )
