@@ -77,7 +77,7 @@ def cells_of(study: Mapping[str, Any], done: Done) -> List[Cell]:
 
 
 def results_table(study: Mapping[str, Any], done: Done, model: str) -> str:
-    """Test metric by method and batch size."""
+    """Test metric by method and batch size, and what the largest loses."""
     found = [
         cell
         for cell in cells_of(study, done)
@@ -91,14 +91,22 @@ def results_table(study: Mapping[str, Any], done: Done, model: str) -> str:
     ]
     rows = []
     for method in methods:
-        row = [method]
+        row, metrics = [method], []
         for size in sizes:
             cell = Cell(model, method, size)
             rate = best_rate(study, cell, done)
-            text = tested(finals(study, done, cell))
+            results = finals(study, done, cell)
+            text = tested(results)
             row.append(text if rate is None else f'{text} (lr {rate:g})')
-        rows.append(row)
-    return table(['method', *(f'batch {size}' for size in sizes)], rows)
+            metrics.append([r['metrics']['test'] for r in results])
+        lost = (
+            f'{np.mean(metrics[-1]) - np.mean(metrics[0]):+.3f}'
+            if metrics[0] and metrics[-1]
+            else NOT_RUN
+        )
+        rows.append([*row, lost])
+    header = [f'batch {size}' for size in sizes]
+    return table(['method', *header, f'{sizes[0]} to {sizes[-1]}'], rows)
 
 
 def tuning_table(study: Mapping[str, Any], done: Done, model: str) -> str:
