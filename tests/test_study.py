@@ -33,6 +33,7 @@ pretraining = dict(images=128, batch_size=64)
 training = dict(
     epochs=2, decay_epochs=(2,), warmup_epochs=1, micro_batch=4)
 grid_moves = 0
+grid_refinement = ()
 methods = dict(sgd=dict(rates=[0.01]), agvm_sgd=dict(rates=[0.01]))
 stages = [
     dict(name='tiny', models=['faster_rcnn'], methods=['sgd', 'agvm_sgd'],
@@ -45,6 +46,7 @@ def study(**changes):
     return dict(
         dict(
             grid_moves=2,
+            grid_refinement=(),
             tune_seed=0,
             data=dict(images=8),
             pretraining={},
@@ -104,6 +106,17 @@ def test_grid_moves_on_while_its_best_is_at_an_end(found, tried, best):
     done = results(found)
     assert tuning_rates(study(), CELL, done) == tried
     assert best_rate(study(), CELL, done) == best
+
+
+def test_grid_is_refined_around_its_best():
+    refined = study(grid_refinement=(0.75, 1.25))
+    done = results({1.0: 0.1, 2.0: 0.5, 4.0: 0.2})
+    tried = [1.0, 1.5, 2.0, 2.5, 4.0]
+    assert tuning_rates(refined, CELL, done) == tried
+    assert best_rate(refined, CELL, done) is None
+    done |= results({1.5: 0.6, 2.5: 0.5})
+    assert tuning_rates(refined, CELL, done) == tried  # once is enough
+    assert best_rate(refined, CELL, done) == 1.5
 
 
 def test_seeds_wait_for_the_tuned_rate():

@@ -90,7 +90,7 @@ def by_run(
             result['status'] != 'failed'
             and run.cell.model in study['models']
             and run.cell.method in study['methods']
-            and result['declaration'] == fingerprint(study, run.cell)
+            and result.get('declaration') == fingerprint(study, run.cell)
         ):
             runs[run] = result
     return runs
@@ -112,8 +112,9 @@ def tuning_rates(
 ) -> List[float]:
     """The rates to try for a cell, given what was found so far.
 
-    The grid of its method; and while the best is the lowest or the highest
-    of all tried, the next one beyond, at most ``grid_moves`` times.
+    The grid of its method; while the best is the lowest or the highest of all
+    tried, the next one beyond, at most ``grid_moves`` times; and at last the
+    best one times each of ``grid_refinement``.
     """
     rates = sorted(study['methods'][cell.method]['rates'])
     for _ in range(study['grid_moves']):
@@ -124,6 +125,11 @@ def tuning_rates(
             rates.append(rates[-1] * 2)
         else:
             break
+    best = best_rate(study, cell, done, rates)
+    if best is not None:
+        # rounded, so that they are read back from results as they are
+        near = [float(f'{best * by:.3g}') for by in study['grid_refinement']]
+        rates = sorted({*rates, *near})
     return rates
 
 
@@ -158,20 +164,28 @@ def plan(study: Mapping[str, Any], done: Done) -> Iterator[Run]:
     """
     seen = set()
     for stage in study['stages']:
-        tuned = {
-            Cell(cell.model, cell.method, cell.batch_size): None
-            for cell in cells(stage)
-        }
-        runs = [
-            Run(cell, rate, study['tune_seed'])
-            for cell in tuned
-            for rate in tuning_rates(study, cell, done)
-        ]
-        runs += [
-            Run(cell, best_rate(study, cell, done), seed)
-            for cell in cells(stage)
-            for seed in stage['seeds']
-        ]
+        if 'rates' in stage:
+            runs = [
+                Run(cell, rate, seed)
+                for rate in stage['rates']
+                for cell in cells(stage)
+                for seed in stage['seeds']
+            ]
+        else:
+            tuned = {
+                Cell(cell.model, cell.method, cell.batch_size): None
+                for cell in cells(stage)
+            }
+            runs = [
+                Run(cell, rate, study['tune_seed'])
+                for cell in tuned
+                for rate in tuning_rates(study, cell, done)
+            ]
+            runs += [
+                Run(cell, best_rate(study, cell, done), seed)
+                for cell in cells(stage)
+                for seed in stage['seeds']
+            ]
         for run in runs:
             if run not in seen:
                 seen.add(run)

@@ -163,6 +163,8 @@ def set_training(cfg: Config, study: Mapping[str, Any], run: Run) -> None:
         begin=warmup // count,
         modulate=method['modulate'],
     )
+    if 'paramwise_cfg' in method:
+        cfg.optim_wrapper.paramwise_cfg = method['paramwise_cfg']
     cfg.param_scheduler = [
         dict(
             type='LinearLR',

@@ -4,6 +4,7 @@ _base_ = './study.py'
 data = dict(root='data/study_smoke/', train=dict(images=2048))
 training = dict(epochs=6, decay_epochs=(4, 5), warmup_epochs=1)
 grid_moves = 0
+grid_refinement = ()
 methods = dict(sgd=dict(rates=[0.04]), agvm_sgd=dict(rates=[0.04]))
 stages = [
     dict(

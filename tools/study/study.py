@@ -153,16 +153,38 @@ models = dict(
 
 # -- methods: what is the same for each of them is its budget, a grid of three
 # rates a factor of two apart, moved on while the best is at its end, at most
-# `grid_moves` times. Each is measured, only AGVM is modulated.
+# `grid_moves` times, and then two more around the best. Each is measured, only
+# AGVM is modulated.
 grid_moves = 2
+grid_refinement = (0.5**0.5, 2**0.5)
 sgd = dict(type='SGD', momentum=0.9, weight_decay=1e-4)
 adamw = dict(type='AdamW', weight_decay=0.05)
 sgd_rates = [0.04, 0.08, 0.16]
 adamw_rates = [1e-3, 2e-3, 4e-3]
 lamb_rates = [5e-3, 1e-2, 2e-2]
+# biases start at 0, where a trust ratio keeps them: they and norm layers step
+# as with Adam, at a rate that suits it
+vector = dict(adam=True, lr_mult=0.1, decay_mult=0.0)
+lamb_vectors = dict(
+    custom_keys={'bias': vector, 'bn': vector, 'downsample.1': vector}
+)
 methods = dict(
     sgd=dict(optimizer=sgd, modulate=False, rates=sgd_rates),
     agvm_sgd=dict(optimizer=sgd, modulate=True, rates=sgd_rates),
+    # a control: what AGVM's multipliers were on average with its tuned rate at
+    # batch 256, from warm-up to the first decay, as constants
+    held_sgd=dict(
+        optimizer=sgd,
+        paramwise_cfg=dict(
+            custom_keys={
+                'neck': dict(lr_mult=1.25),
+                'rpn_head': dict(lr_mult=2.36),
+                'roi_head': dict(lr_mult=1.32),
+            }
+        ),
+        modulate=False,
+        rates=sgd_rates,
+    ),
     # twenty times the usual trust coefficient, so that biases and norm layers,
     # which have none, can bear the same rate
     lars=dict(
@@ -173,10 +195,15 @@ methods = dict(
     adamw=dict(optimizer=adamw, modulate=False, rates=adamw_rates),
     agvm_adamw=dict(optimizer=adamw, modulate=True, rates=adamw_rates),
     lamb=dict(
-        optimizer=dict(adamw, type='LAMB'), modulate=False, rates=lamb_rates
+        optimizer=dict(adamw, type='LAMB'),
+        paramwise_cfg=lamb_vectors,
+        modulate=False,
+        rates=lamb_rates,
     ),
     pmd_lamb=dict(
-        optimizer=dict(adamw, type='PMDLAMB'),
+        # twice an epoch at batch 256; neither is known of the original
+        optimizer=dict(adamw, type='PMDLAMB', period=8, moment_decay=0.5),
+        paramwise_cfg=lamb_vectors,
         modulate=False,
         rates=lamb_rates,
     ),
@@ -199,7 +226,7 @@ variants = dict(
         )
     ),
     few_proposals=dict(
-        model=dict(train_cfg=dict(rcnn=dict(sampler=dict(num=2))))
+        model=dict(train_cfg=dict(rcnn=dict(sampler=dict(num=4))))
     ),
     frozen_head=dict(
         optim_wrapper=dict(
@@ -226,28 +253,62 @@ variants = dict(
 # -- stages, done one after the other. A stage's cells are all its models,
 # methods, batch sizes and variants. Each is tuned with `tune_seed`, but cells
 # with a variant, which take the rate that was best without; then it is trained
-# with its best rate and each of `seeds`, where that has not been done.
+# with its best rate and each of `seeds`, where that has not been done. A stage
+# with `rates` tunes nothing: it trains its cells with each of them.
 tune_seed = 0
+others = ['lars', 'adamw', 'agvm_adamw', 'lamb', 'pmd_lamb']
+both = ['sgd', 'agvm_sgd']
 stages = [
     dict(
-        name='SGD and AGVM at the reference and the largest batch',
+        name='SGD and AGVM at the largest batch',
         models=['faster_rcnn'],
-        methods=['sgd', 'agvm_sgd'],
-        batch_sizes=[32, 256],
+        methods=both,
+        batch_sizes=[256],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='the same at the reference batch',
+        models=['faster_rcnn'],
+        methods=both,
+        batch_sizes=[32],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='learning rates at which SGD diverges',
+        models=['faster_rcnn'],
+        methods=both,
+        batch_sizes=[256],
+        rates=[0.113, 0.16],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='the same, where AGVM modulates from the first update on',
+        models=['faster_rcnn'],
+        methods=['agvm_sgd'],
+        batch_sizes=[256],
+        variants=['begin_0'],
+        rates=[0.113, 0.16],
         seeds=[0, 1, 2],
     ),
     dict(
         name='what misaligns the variances',
         models=['faster_rcnn'],
         methods=['sgd'],
-        batch_sizes=[32, 256],
+        batch_sizes=[256, 32],
         variants=['no_fpn', 'few_proposals', 'frozen_head'],
-        seeds=[0],
+        seeds=[0, 1],
+    ),
+    dict(
+        name="AGVM's mean multipliers, held",
+        models=['faster_rcnn'],
+        methods=['held_sgd'],
+        batch_sizes=[256],
+        seeds=[0, 1, 2],
     ),
     dict(
         name='LARS, AdamW and LAMB at the largest batch',
         models=['faster_rcnn'],
-        methods=['lars', 'adamw', 'agvm_adamw', 'lamb', 'pmd_lamb'],
+        methods=others,
         batch_sizes=[256],
         seeds=[0, 1, 2],
     ),
@@ -265,30 +326,23 @@ stages = [
         seeds=[0, 1],
     ),
     dict(
-        name='the same methods at the reference batch',
-        models=['faster_rcnn'],
-        methods=['lars', 'adamw', 'agvm_adamw', 'lamb', 'pmd_lamb'],
-        batch_sizes=[32],
+        name='other pipelines',
+        models=['retinanet', 'sem_fpn', 'mask_rcnn'],
+        methods=both,
+        batch_sizes=[256, 32],
         seeds=[0, 1, 2],
     ),
     dict(
-        name='other pipelines',
-        models=['retinanet', 'mask_rcnn', 'sem_fpn'],
-        methods=['sgd', 'agvm_sgd'],
-        batch_sizes=[32, 256],
+        name='the other methods at the reference batch',
+        models=['faster_rcnn'],
+        methods=others,
+        batch_sizes=[32],
         seeds=[0, 1, 2],
     ),
     dict(
         name='a batch in between',
         models=['faster_rcnn'],
-        methods=['sgd', 'agvm_sgd'],
-        batch_sizes=[128],
-        seeds=[0, 1, 2],
-    ),
-    dict(
-        name='the other methods at the batch in between',
-        models=['faster_rcnn'],
-        methods=['lars', 'adamw', 'agvm_adamw', 'lamb', 'pmd_lamb'],
+        methods=[*both, *others],
         batch_sizes=[128],
         seeds=[0, 1, 2],
     ),
