@@ -1,16 +1,22 @@
 """The study's driver: what is run, what is kept, what is made of it."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
+import prepare
 import pytest
 import run_study
+import torch
 from commands import ROOT
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
 from plan import (
     Cell,
     Run,
@@ -21,7 +27,14 @@ from plan import (
     plan,
     tuning_rates,
 )
-from summarize import mean_and_spread, middle_mean, variance_table
+from run_config import make_config
+from summarize import (
+    mean_and_spread,
+    middle,
+    on_test_images,
+    variance_table,
+    variants_table,
+)
 
 STUDY = ROOT / 'tools/study/study.py'
 TINY = f"""
@@ -50,10 +63,10 @@ def study(**changes):
             tune_seed=0,
             data=dict(images=8),
             pretraining={},
-            training=dict(epochs=2),
+            training=dict(epochs=4, warmup_epochs=0, decay_epochs=[3]),
             models=dict(m={}),
             variants=dict(late={}),
-            methods=dict(sgd=dict(rates=[1.0, 2.0, 4.0])),
+            methods=dict(sgd=dict(rates=[1.0, 2.0, 4.0], modulate=False)),
             stages=[
                 dict(
                     models=['m'],
@@ -144,7 +157,7 @@ def test_failed_runs_are_repeated():
     'changes, kept',
     [
         (dict(grid_moves=0), True),
-        (dict(methods=dict(sgd=dict(rates=[8.0]))), True),
+        (dict(methods=dict(sgd=dict(rates=[8.0], modulate=False))), True),
         (dict(methods=dict(sgd=dict(rates=[1.0], modulate=True))), False),
         (dict(methods=dict(adamw=dict(rates=[1.0]))), False),
         (dict(training=dict(epochs=3)), False),
@@ -189,19 +202,67 @@ def test_spread_is_that_of_the_seeds():
     assert mean_and_spread([]) == 'not run'
 
 
-def test_middle_leaves_out_both_ends():
-    assert middle_mean([9, 9, 1, None, 3, 2, 9, 9]) == 2
+def test_middle_is_between_warm_up_and_decay():
+    declared = Config.fromfile(STUDY)
+    epochs = np.arange(32) * declared.training.epochs / 32
+    inside = epochs[middle(declared, 32)]
+    assert inside[0] >= declared.training.warmup_epochs + 1
+    width = declared.training.epochs / 32
+    assert inside[-1] + width <= declared.training.decay_epochs[0]
+    assert len(inside) > 10
 
 
-def test_variances_are_those_of_the_tuned_rate():
-    done = results({1.0: 0.1, 2.0: 0.5, 4.0: 0.2})
-    for run, result in done.items():
-        result['variance'] = dict(backbone=[run.lr] * 4, head=[0.5] * 4)
-    row = variance_table(study(), done, 'm').splitlines()[-1]
+@pytest.mark.parametrize('modulate, aligned', [(False, '4.0'), (True, '1.0')])
+def test_variances_are_those_of_the_tuned_rate(modulate, aligned):
+    declared = study()
+    declared['methods']['sgd']['modulate'] = modulate
+    done = {}
+    for run, result in results({1.0: 0.1, 2.0: 0.5, 4.0: 0.2}).items():
+        result['variance'] = dict(
+            # epochs 0 and 3 do not count
+            backbone=[9, run.lr, None, 9],
+            head=[9, 0.5, None, 9],
+        )
+        result['lr_scale'] = dict(backbone=[1] * 4, head=[2] * 4)
+        done[run] = result
+    row = variance_table(declared, done, 'm').splitlines()[-1]
     assert [cell.strip() for cell in row.split('|')[4:-1]] == [
+        '2',
+        '1',
         '2.00',
         '0.50',
         '4.0',
+        aligned,
+    ]
+
+
+def test_diverged_runs_are_counted_and_not_averaged():
+    ended = dict(status='ended', metrics=dict(test=0.5))
+    diverged = dict(status='diverged', metrics=dict(test=0.0))
+    assert (
+        on_test_images([ended, diverged]) == '0.500 (1 seed), 1 of 2 diverged'
+    )
+    assert on_test_images([diverged]) == '1 of 1 diverged'
+
+
+def test_variants_are_compared_on_the_same_seeds():
+    stages = study()['stages']
+    stages += [dict(stages[0], variants=['late'], seeds=[1])]
+    tuned = study(stages=stages, grid_moves=0)
+    done = dict(results({1.0: 0.1, 2.0: 0.5, 4.0: 0.2}))
+    late = Cell('m', 'sgd', 32, 'late')
+    for cell, seed, metric in [(CELL, 1, 0.3), (CELL, 2, 0.9), (late, 1, 0.4)]:
+        done |= results({2.0: 0.5}, cell, seed)
+        done[Run(cell, 2.0, seed)]['metrics']['test'] = metric
+    row = variants_table(tuned, done).splitlines()[-1]
+    assert '0.400 (1 seed)' in row and '0.300 (1 seed)' in row
+
+
+def test_stage_with_rates_tunes_nothing():
+    stages = [dict(study()['stages'][0], rates=[8.0], seeds=[1, 2])]
+    assert list(plan(study(stages=stages), {})) == [
+        Run(CELL, 8.0, 1),
+        Run(CELL, 8.0, 2),
     ]
 
 
@@ -210,6 +271,9 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp('study')
     file = folder / 'tiny.py'
     file.write_text(TINY.replace('DATA', str(folder / 'data')))
+    declared = Config.fromfile(file)
+    prepare.make_data(declared)
+    prepare.pretrain(declared)
     return file
 
 
@@ -258,18 +322,97 @@ def test_study_is_stopped_and_goes_on_and_ends(tiny):
         assert result['status'] == 'ended'
         assert result['measurements']['measured'] == 4
         assert result['metrics'].keys() == {'tune', 'test'}
-        scales = [
-            value
-            for module in ('neck', 'rpn_head', 'roi_head.bbox_head')
-            for value in result['lr_scale'][module]
-            if value is not None
-        ]
-        assert any(value != 1 for value in scales)
+
+    # same seed: the same until AGVM measures, after the first of two epochs
+    sgd, agvm = (
+        next(
+            [value for value in result['loss'] if value is not None]
+            for result in map(json.loads, after)
+            if (result['method'], result['seed']) == (method, 0)
+        )
+        for method in ('sgd', 'agvm_sgd')
+    )
+    half = len(sgd) // 2
+    assert sgd[:half] == agvm[:half] and half >= 4
+    assert sgd[half:] != agvm[half:]
+
+
+DECLARED = Config.fromfile(STUDY)
+
+
+class Start(Hook):
+    """Keeps the weights that a training starts from."""
+
+    def before_train(self, runner):
+        self.weights = {
+            name: value.detach().clone()
+            for name, value in runner.model.named_parameters()
+        }
+
+
+@pytest.mark.parametrize(
+    'cell',
+    dict.fromkeys(
+        Cell(cell.model, cell.method, 32, cell.variant)
+        for stage in DECLARED.stages
+        for cell in cells(stage)
+    ),
+    ids=str,
+)
+def test_every_cell_trains(cell, tiny, tmp_path):
+    """As declared, for two updates: no run fails hours into the study."""
+    declared = Config.fromfile(STUDY)
+    declared.data = Config.fromfile(tiny).data
+    cfg = make_config(declared, Run(cell, 1e-3, 0), tmp_path)
+    count = cfg.optim_wrapper.accumulative_counts
+    cfg.train_cfg = dict(
+        type='IterBasedTrainLoop', max_iters=2 * count, val_interval=100
+    )
+    for name in list(cfg):
+        if name.startswith(('val_', 'test_')):
+            cfg[name] = None
+    cfg.param_scheduler = None
+    cfg.optim_wrapper.update(begin=0, interval=1)
+    runner = Runner.from_cfg(cfg)
+    start = Start()
+    runner.register_hook(start)
+    runner.train()
+    changed = {
+        name
+        for name, value in runner.model.named_parameters()
+        if not torch.equal(value, start.weights[name])
+    }
+    head = [name for name in changed if 'bbox_head' in name]
+    assert bool(head) is (
+        cell.model != 'sem_fpn' and cell.variant != 'frozen_head'
+    )
+    assert any(name.startswith('backbone') for name in changed)
+    assert runner.optim_wrapper.modulate is cell.method.startswith('agvm')
+    assert math.isfinite(
+        float(runner.message_hub.get_scalar('train/loss').current())
+    )
+
+
+def test_heads_have_positive_samples():
+    for variant in (None, *DECLARED.variants):
+        cfg = make_config(
+            DECLARED, Run(Cell('faster_rcnn', 'sgd', 32, variant), 1, 0), ''
+        )
+        sampler = cfg.model.train_cfg.rcnn.sampler
+        assert int(sampler.num * sampler.pos_fraction) >= 1
+
+
+def test_data_of_another_declaration_is_refused(tmp_path):
+    declared = Config.fromfile(STUDY)
+    declared.data.root = str(tmp_path / 'data/')
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data/declaration.json').write_text('[]')
+    with pytest.raises(SystemExit, match='another declaration: remove it'):
+        prepare.make_data(declared)
 
 
 def test_results_are_summarized(tiny):
-    if len(lines(tiny)) < 4:
-        pytest.skip('the study did not end')
+    subprocess.run(drive(tiny), cwd=ROOT, check=True, capture_output=True)
     folder = tiny.parent
     page, figure = folder / 'evidence.md', folder / 'evidence.png'
     page.write_text('Conclusions.\n')

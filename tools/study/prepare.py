@@ -1,7 +1,8 @@
 """Makes what all runs of the study start from: data and a backbone."""
 
+import json
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Dict, Mapping
 
 import numpy as np
 import torch
@@ -15,9 +16,23 @@ SPLITS = ('train', 'tune', 'test')
 
 
 def make_data(study: Mapping[str, Any]) -> None:
-    """Draw the splits that are not there yet."""
+    """Draw the splits that are not there yet.
+
+    Raises:
+        SystemExit: What is there was made for another declaration.
+    """
     data = study['data']
     root = Path(data['root'])
+    root.mkdir(parents=True, exist_ok=True)
+    declared = json.dumps([data, study['pretraining'], pretrained(study)])
+    note = root / 'declaration.json'
+    if not note.is_file() and not any(root.iterdir()):
+        note.write_text(declared)
+    if not note.is_file() or note.read_text() != declared:
+        raise SystemExit(
+            f'data.root {root}: what is there was made for another '
+            'declaration: remove it, or name another folder'
+        )
     for number, split in enumerate(SPLITS):
         # written last
         if not (root / f'annotations/panoptic_{split}.json').is_file():
@@ -28,6 +43,13 @@ def make_data(study: Mapping[str, Any]) -> None:
                 [data['seed'], number],
                 slice(*data[split]['scans']),
             )
+
+
+def pretrained(study: Mapping[str, Any]) -> Dict[str, Any]:
+    """The backbone's options, without those of a detector's training."""
+    options = dict(study['models']['faster_rcnn']['model'][0]['backbone'])
+    options['frozen_stages'] = -1  # a detector freezes what was trained here
+    return options
 
 
 def pretrain(study: Mapping[str, Any]) -> float:
@@ -46,9 +68,7 @@ def pretrain(study: Mapping[str, Any]) -> float:
     settings = study['pretraining']
     torch.manual_seed(study['data']['seed'])
     rng = np.random.default_rng([study['data']['seed'], len(SPLITS)])
-    options = dict(study['models']['faster_rcnn']['model'][0]['backbone'])
-    options['frozen_stages'] = -1  # a detector freezes what was trained here
-    backbone = ResNet(**options)
+    backbone = ResNet(**pretrained(study))
     backbone.init_weights()
     classifier = nn.LazyLinear(10)
     model = nn.ModuleList([backbone, classifier])

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Dict, List, Mapping
 
+import in_memory  # noqa: F401  registers its data set
 from config_utils import load
 from mmengine.config import Config
 from plan import Run

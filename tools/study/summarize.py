@@ -1,9 +1,11 @@
 """Tables and figures of a study's results, written into docs/evidence.md."""
 
 import argparse
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 from mmengine.config import Config
@@ -23,14 +25,12 @@ from plan import (  # noqa: E402
     Run,
     best_rate,
     by_run,
+    cells,
     plan,
     tuning_rates,
 )
 from run_study import read_results  # noqa: E402
 
-#: The part of a training that phi is averaged over: after warm-up, and before
-#: the learning rate falls, when all of them go to 1.
-MIDDLE = (0.25, 0.75)
 NOT_RUN = 'not run'
 
 
@@ -64,11 +64,16 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f'{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}'
 
 
-def tested(results: Sequence[Result]) -> str:
+def on_test_images(results: Sequence[Result]) -> str:
     """The metric on test images, and how many runs diverged."""
-    text = mean_and_spread([r['metrics']['test'] for r in results])
-    diverged = sum(r['status'] == 'diverged' for r in results)
-    return f'{text}, {diverged} diverged' if diverged else text
+    ended = [r for r in results if r['status'] == 'ended']
+    diverged = len(results) - len(ended)
+    if not diverged:
+        return mean_and_spread([r['metrics']['test'] for r in ended])
+    if not ended:
+        return f'{diverged} of {diverged} diverged'
+    text = mean_and_spread([r['metrics']['test'] for r in ended])
+    return f'{text}, {diverged} of {len(results)} diverged'
 
 
 def cells_of(study: Mapping[str, Any], done: Done) -> List[Cell]:
@@ -96,7 +101,7 @@ def results_table(study: Mapping[str, Any], done: Done, model: str) -> str:
             cell = Cell(model, method, size)
             rate = best_rate(study, cell, done)
             results = finals(study, done, cell)
-            text = tested(results)
+            text = on_test_images(results) if cell in found else '-'
             row.append(text if rate is None else f'{text} (lr {rate:g})')
             metrics.append([r['metrics']['test'] for r in results])
         lost = (
@@ -116,7 +121,9 @@ def tuning_table(study: Mapping[str, Any], done: Done, model: str) -> str:
         if cell.model != model or cell.variant:
             continue
         shown = []
-        for rate in tuning_rates(study, cell, done):
+        rates = tuning_rates(study, cell, done)
+        best = best_rate(study, cell, done)
+        for rate in rates:
             result = done.get(Run(cell, rate, study['tune_seed']))
             if result is None:
                 value = NOT_RUN
@@ -125,15 +132,85 @@ def tuning_table(study: Mapping[str, Any], done: Done, model: str) -> str:
             else:
                 value = f'{result["metrics"]["tune"]:.3f}'
             shown.append(f'{rate:g}: {value}')
+        if best in (rates[0], rates[-1]):
+            shown.append('the best is at the end of the grid')
         rows.append([cell.method, str(cell.batch_size), ', '.join(shown)])
     return table(['method', 'batch', 'learning rate: metric'], rows)
 
 
-def middle_mean(bins: Sequence[Optional[float]]) -> float:
-    """Mean of a series over the middle of a training; NaN without any."""
-    first, last = (round(part * len(bins)) for part in MIDDLE)
-    values = [value for value in bins[first:last] if value is not None]
-    return float(np.mean(values)) if values else float('nan')
+def survival_table(study: Mapping[str, Any], done: Done) -> str:
+    """How runs with given rates ended, one row for each cell and rate."""
+    rows = []
+    for stage in study['stages']:
+        for rate in stage.get('rates', ()):
+            for cell in cells(stage):
+                results = [
+                    result
+                    for run, result in done.items()
+                    if run.cell == cell and run.lr == rate
+                ]
+                rows.append(
+                    [
+                        cell.method,
+                        str(cell.batch_size),
+                        cell.variant or '-',
+                        f'{rate:g}',
+                        on_test_images(results),
+                    ]
+                )
+    return table(['method', 'batch', 'variant', 'lr', 'test'], rows)
+
+
+def middle(study: Mapping[str, Any], bins: int) -> slice:
+    """The bins that phi is averaged over.
+
+    They are from one epoch after warm-up, when a moving average has begun to
+    follow, to where the learning rate falls, after which every phi goes to 1.
+    """
+    training = study['training']
+    first = (training['warmup_epochs'] + 1) / training['epochs']
+    last = training['decay_epochs'][0] / training['epochs']
+    return slice(math.ceil(first * bins), int(last * bins))
+
+
+def middle_means(
+    study: Mapping[str, Any], results: Sequence[Result], squared_scale: bool
+) -> Dict[str, float]:
+    """phi of each module, over the middle of trainings and over seeds.
+
+    Args:
+        study: The declaration.
+        results: Of runs that did not diverge.
+        squared_scale: phi times mu**2, which AGVM aligns: the gradient
+            variance at the learning rate that the module has (eq. 2).
+    """
+    means = {}
+    for module in results[0]['variance']:
+        # None is where nothing was measured
+        phi, scale = (
+            np.array([r[name][module] for r in results], dtype=float)
+            for name in ('variance', 'lr_scale')
+        )
+        values = phi * scale**2 if squared_scale else phi
+        middle_part = values[:, middle(study, values.shape[1])]
+        means[module] = float(np.nanmean(middle_part))
+    return means
+
+
+def compared_rates(
+    study: Mapping[str, Any], done: Done, cell: Cell
+) -> List[float]:
+    """A cell's tuned rate, and those of the methods with the same grid.
+
+    phi depends on the rate, so methods are also compared at the same one.
+    """
+    grid = study['methods'][cell.method]['rates']
+    found = {
+        best_rate(study, replace(cell, method=method), done)
+        for method, declared in study['methods'].items()
+        if declared['rates'] == grid
+    }
+    return sorted(rate for rate in found if rate is not None)
 
 
 def variance_table(study: Mapping[str, Any], done: Done, model: str) -> str:
@@ -141,65 +218,83 @@ def variance_table(study: Mapping[str, Any], done: Done, model: str) -> str:
     rows: List[List[str]] = []
     modules: List[str] = []
     for cell in cells_of(study, done):
-        results = finals(study, done, cell)
-        if cell.model != model or not results:
+        if cell.model != model:
             continue
-        phis = {
-            module: float(
-                np.nanmean(
-                    [middle_mean(r['variance'][module]) for r in results]
-                )
-            )
-            for module in results[0]['variance']
-        }
-        modules += [name for name in phis if name not in modules]
-        spread = max(phis.values()) / min(phis.values())
-        rows.append(
-            [
-                cell.method,
-                str(cell.batch_size),
-                cell.variant or '-',
-                *(f'{phis[m]:.2f}' if m in phis else '-' for m in modules),
-                f'{spread:.1f}',
+        for rate in compared_rates(study, done, cell):
+            results = [
+                result
+                for run, result in done.items()
+                if run.cell == cell
+                and run.lr == rate
+                and result['status'] == 'ended'
             ]
-        )
-    header = ['method', 'batch', 'variant', *modules, 'largest / smallest']
-    return table(header, rows)
+            if not results:
+                continue
+            phis = middle_means(study, results, squared_scale=False)
+            modules += [name for name in phis if name not in modules]
+            modulated = study['methods'][cell.method]['modulate']
+            aligned = middle_means(study, results, squared_scale=modulated)
+            rows.append(
+                [
+                    cell.method,
+                    str(cell.batch_size),
+                    cell.variant or '-',
+                    f'{rate:g}',
+                    str(len(results)),
+                    *(f'{phis[m]:.2f}' if m in phis else '-' for m in modules),
+                    f'{spread(phis):.1f}',
+                    f'{spread(aligned):.1f}',
+                ]
+            )
+    header = ['method', 'batch', 'variant', 'lr', 'seeds', *modules]
+    return table([*header, 'spread of φ', 'spread of μ²φ'], rows)
+
+
+def spread(values: Mapping[str, float]) -> float:
+    """The largest of some variances over the smallest."""
+    return max(values.values()) / min(values.values())
 
 
 def variants_table(study: Mapping[str, Any], done: Done) -> str:
-    """Test metric of each variant beside the run without."""
+    """Test metric of each variant beside the run without, same seeds."""
     rows = []
     for cell in cells_of(study, done):
         if not cell.variant:
             continue
-        base = Cell(cell.model, cell.method, cell.batch_size)
+        with_it = finals(study, done, cell)
+        seeds = {result['seed'] for result in with_it}
+        without = [
+            result
+            for result in finals(study, done, replace(cell, variant=''))
+            if result['seed'] in seeds
+        ]
         rows.append(
             [
                 cell.variant,
                 cell.method,
                 str(cell.batch_size),
-                tested(finals(study, done, cell)),
-                tested(finals(study, done, base)),
+                on_test_images(with_it),
+                on_test_images(without),
             ]
         )
     return table(['variant', 'method', 'batch', 'with it', 'without'], rows)
 
 
 def cost_table(done: Done) -> str:
-    """AGVM's share of a training's time, from updates of the same run."""
+    """AGVM's share of updates' time, from updates of the same run."""
     rows = []
-    by_size: Dict[Tuple[str, int, int], List[Dict[str, float]]] = {}
+    by_kind: Dict[Tuple[str, str, int, int], List[Dict[str, float]]] = {}
     for run, result in done.items():
-        time = result.get('update_time')
-        if time and not run.cell.variant and result['status'] == 'ended':
-            key = run.cell.model, run.cell.batch_size, time['interval']
-            by_size.setdefault(key, []).append(time)
-    for (model, size, interval), times in sorted(by_size.items()):
+        cell, time = run.cell, result.get('update_time')
+        if time and result['status'] == 'ended':
+            key = cell.model, cell.method, cell.batch_size, time['interval']
+            by_kind.setdefault(key, []).append(time)
+    for (model, method, size, interval), times in sorted(by_kind.items()):
         shares = [100 * time['share'] for time in times]
         rows.append(
             [
                 model,
+                method,
                 str(size),
                 str(interval),
                 str(len(shares)),
@@ -208,7 +303,8 @@ def cost_table(done: Done) -> str:
             ]
         )
     return table(
-        ['model', 'batch', 'tau', 'runs', 'median share (range)'], rows
+        ['model', 'method', 'batch', 'tau', 'runs', 'median share (range)'],
+        rows,
     )
 
 
@@ -233,7 +329,8 @@ def draw(study: Mapping[str, Any], done: Done, file: Path) -> None:
         )
         for axis, (title, cell) in zip(axes, panels):
             results = finals(study, done, cell)
-            metric = tested(finals(study, done, cell))
+            metric = on_test_images(results)
+            results = [r for r in results if r['status'] == 'ended']
             axis.set_title(f'{title}\nbox AP {metric}')
             axis.set_xlabel('epoch')
             for index, module in enumerate(
@@ -279,6 +376,7 @@ def main() -> None:
         fill(args.out, f'results {model}', results_table(study, done, model))
         fill(args.out, f'tuning {model}', tuning_table(study, done, model))
         fill(args.out, f'variance {model}', variance_table(study, done, model))
+    fill(args.out, 'survival', survival_table(study, done))
     fill(args.out, 'variants', variants_table(study, done))
     fill(args.out, 'cost', cost_table(done))
     draw(study, done, args.figure)

@@ -8,14 +8,13 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Mapping
 
-import in_memory  # noqa: F401  registers its data set
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 from plan import Run, fingerprint
-from run_config import make_config
+from run_config import epoch_iterations, make_config
 from run_log import QUANTITIES, Series, load_run
 from run_summary import measurements, update_time
 
@@ -52,7 +51,7 @@ def train(study: Mapping[str, Any], run: Run, work_dir: Path) -> Dict:
         status=status,
         metrics=metrics,
         seconds=round(time.perf_counter() - started, 1),
-        **summary(work_dir),
+        **summary(work_dir, study),
         declaration=fingerprint(study, run.cell),
         commit=full_version(),
         torch=torch.__version__,
@@ -76,31 +75,37 @@ def diverged(runner: Runner) -> bool:
     )
 
 
-def summary(work_dir: Path) -> Dict[str, Any]:
+def summary(work_dir: Path, study: Mapping[str, Any]) -> Dict[str, Any]:
     """Series of a log, in BINS means each, and what AGVM counted and cost."""
+    planned = study['training']['epochs'] * epoch_iterations(study)
     try:
         log = load_run(work_dir)
     except ValueError:  # it diverged before anything was logged
         return dict(loss=[], **{quantity: {} for quantity in QUANTITIES})
     series = {
         quantity: {
-            module: binned(values, log.last_step)
+            module: binned(values, planned)
             for module, values in log.by_module(quantity).items()
         }
         for quantity in QUANTITIES
     }
     return dict(
-        loss=binned(log.series['loss'], log.last_step),
+        loss=binned(log.series['loss'], planned),
         **series,
         measurements=measurements(log),
         update_time=update_time(log),
     )
 
 
-def binned(series: Series, last: int) -> List[Any]:
-    """Means over equal parts of 0 to ``last``; None where there are none."""
+def binned(series: Series, planned: int) -> List[Any]:
+    """Means over equal parts of a training; None where there are none.
+
+    Args:
+        series: By iteration, from 1.
+        planned: Iterations of the training, were it to reach its end.
+    """
     steps, values = series
-    parts = np.minimum(steps * BINS // (last + 1), BINS - 1)
+    parts = np.minimum((steps - 1) * BINS // planned, BINS - 1)
     means = []
     for part in range(BINS):
         inside = values[(parts == part) & np.isfinite(values)]
