@@ -94,6 +94,7 @@ def test_epoch_based_config_of_mmdet(make):
     assert wrapper.begin == 330
     assert cfg.train_cfg.max_epochs == 12
     assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=1024)
+    assert cfg.default_hooks.logger.interval == wrapper.interval
     assert [hook.type for hook in cfg.custom_hooks] == ['AGVMHook']
     assert 'modules that AGVM tells apart: backbone, neck, rpn_head' in printed
     assert "norm_cfg=dict(type='SyncBN'" in printed
@@ -104,6 +105,9 @@ def test_accumulation_counts_iterations_and_updates_apart(make):
     cfg, _, _ = make(FASTER_RCNN, '--batch-size', 1024, '--gpus', 16)
     assert cfg.train_dataloader.batch_size == 16
     assert cfg.optim_wrapper.accumulative_counts == 4
+    # MMEngine's --auto-scale-lr does not know of accumulation
+    assert cfg.auto_scale_lr.base_batch_size == 16 * 16
+    assert cfg.default_hooks.logger.interval == 4 * cfg.optim_wrapper.interval
     assert cfg.param_scheduler[0].end == 4 * 230
     assert cfg.optim_wrapper.begin == 330
 

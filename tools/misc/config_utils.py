@@ -46,6 +46,15 @@ def one_line(error: Exception) -> str:
 
 def find_base_batch_size(name: str, cfg: Config) -> Tuple[int, str]:
     """The batch size that a config was made for, and who says so."""
+    size, source = _find_batch(name, cfg)
+    accumulated = cfg.optim_wrapper.get('accumulative_counts', 1)
+    if accumulated > 1:
+        source += f', x {accumulated} accumulated micro-batches'
+    return size * accumulated, source
+
+
+def _find_batch(name: str, cfg: Config) -> Tuple[int, str]:
+    """The same without accumulation."""
     given = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
     images = cfg.train_dataloader.batch_size
     named = None

@@ -69,6 +69,8 @@ OPTIONS: Dict[str, Tuple[str, Dict[str, float]]] = {
     'LAMB': ('AdamW', dict(weight_decay=0.05)),
     'PMDLAMB': ('AdamW', dict(weight_decay=0.05)),
 }
+#: MMEngine's default interval of LoggerHook, in iterations.
+LOGGED = 10
 #: Schedulers that can be a warm-up.
 WARMUPS = ('LinearLR', 'ConstantLR', 'QuadraticWarmupLR')
 #: Numbers in a scheduler that are iterations where ``by_epoch`` is False.
@@ -309,9 +311,10 @@ def plan_optimizer(
         )
     result.diff['optim_wrapper'] = dict(optimizer=change)
     result.because(reason)
-    # or --auto-scale-lr would scale once more
+    # or --auto-scale-lr would scale once more; MMEngine compares it with a
+    # batch without accumulation
     result.diff['auto_scale_lr'] = dict(
-        enable=False, base_batch_size=batch.size
+        enable=False, base_batch_size=batch.gpus * batch.images_per_gpu
     )
 
 
@@ -522,6 +525,16 @@ def plan_agvm(
         f'{delay} after the warm-up, in update {warmup + delay} of '
         f'{math.ceil(total)}'
     )
+    logger = cfg.get('default_hooks', {}).get('logger') or {}
+    measured = interval * batch.accumulation
+    if logger.get('interval', LOGGED) > measured:
+        result.diff.setdefault('default_hooks', {})['logger'] = dict(
+            interval=measured
+        )
+        result.because(
+            f'every {measured} iterations are logged, so that each '
+            'measurement is'
+        )
     hooks = [plain(cfg, hook) for hook in cfg.get('custom_hooks') or []]
     if not any(hook['type'] == 'AGVMHook' for hook in hooks):
         result.diff['custom_hooks'] = [*hooks, dict(type='AGVMHook')]

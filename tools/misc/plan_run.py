@@ -116,7 +116,7 @@ def count_gradients(model: nn.Module, cfg: Config) -> Gradients:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     halved = cfg.optim_wrapper.get('comm_hook') in ('fp16', 'bf16')
     modules = cfg.optim_wrapper.get('modules') or find_modules(model)
-    return Gradients(trained * (2 if halved else 4), len(modules))
+    return Gradients(4 * trained, len(modules), 0.5 if halved else 1.0)
 
 
 # -- from times to what they are made of
@@ -163,15 +163,7 @@ def calibrate(
         )
         rest.append(whole / training.updates - fixed)
     if abs(np.linalg.det(rows)) < 1e-9:
-        if len({training.batch.gpus for training, _ in times}) == 1:
-            refuse(
-                '--calibrate: two times on as many GPUs: give different ones'
-            )
-        refuse(
-            f'--overlap {cluster.overlap:g}: no latency shows in a time where '
-            'all of it is hidden: write less, or --ms-per-iter in place of '
-            '--calibrate'
-        )
+        refuse('--calibrate: two times on as many GPUs: give different ones')
     compute, latency = np.linalg.solve(rows, rest)
     if compute <= 0 or latency < 0:
         refuse(
@@ -464,7 +456,8 @@ def main() -> None:
         f'over {wanted.warmup} updates\n'
         f'- AGVM with {estimator} measures every {wanted.interval} updates '
         f'from {wanted.begin}: {100 * wanted.measured:.1f} % of all\n'
-        f'- gradients: {gradients.size / 1e6:.1f} MB in {gradients.buckets} '
+        f'- gradients: {gradients.sent * gradients.size / 1e6:.1f} MB in '
+        f'{gradients.buckets} '
         f'buckets, of {gradients.modules} modules\n'
         f'- {cluster.compute * 1e3:.1f} ms an iteration without '
         f'communication, {source}\n'

@@ -47,12 +47,15 @@ class Gradients:
     """What is sent in an update.
 
     Args:
-        size: V.
+        size: V, in the parameters' own precision.
         modules: How many AGVM tells apart.
+        sent: Part of V that an all-reduce sends, less than 1 where a
+            ``comm_hook`` compresses.
     """
 
     size: float
     modules: int
+    sent: float = 1.0
 
     @property
     def buckets(self) -> int:
@@ -108,17 +111,18 @@ def update_seconds(
         gradients: What is sent.
         cluster: What that takes.
         estimator: AGVM's: 'split' sends the gradients once more on measured
-            updates, 'pairs' a number for each module.
+            updates, uncompressed, 'pairs' a number for each module.
         measured: Part of the updates that AGVM measures, from 0 to 1.
     """
-    whole = all_reduce_seconds(
-        gpus, gradients.size, gradients.buckets, cluster
-    )
-    shown = 1 - cluster.overlap
+    size, calls = gradients.size, gradients.buckets
+    training = all_reduce_seconds(gpus, gradients.sent * size, calls, cluster)
+    # after backward, where nothing hides it
     if estimator == 'split':
-        agvm = shown * whole
-    else:  # after backward: nothing hides it
+        agvm = all_reduce_seconds(gpus, size, calls, cluster)
+    else:
         agvm = all_reduce_seconds(gpus, NORM * gradients.modules, 1, cluster)
     return Update(
-        accumulation * cluster.compute, shown * whole, measured * agvm
+        accumulation * cluster.compute,
+        (1 - cluster.overlap) * training,
+        measured * agvm,
     )
