@@ -32,6 +32,9 @@ from plan import (  # noqa: E402
 from run_study import read_results  # noqa: E402
 
 NOT_RUN = 'not run'
+#: What figures show.
+SHOWN = 'faster_rcnn'
+COMPARED = dict(sgd='SGD', agvm_sgd='AGVM')
 
 
 def parse_args() -> argparse.Namespace:
@@ -174,27 +177,33 @@ def middle(study: Mapping[str, Any], bins: int) -> slice:
 
 
 def middle_means(
-    study: Mapping[str, Any], results: Sequence[Result], squared_scale: bool
+    study: Mapping[str, Any], results: Sequence[Result], modulated: bool
 ) -> Dict[str, float]:
     """phi of each module, over the middle of trainings and over seeds.
 
     Args:
         study: The declaration.
         results: Of runs that did not diverge.
-        squared_scale: phi times mu**2, which AGVM aligns: the gradient
+        modulated: Instead phi times mu**2, which AGVM aligns: the gradient
             variance at the learning rate that the module has (eq. 2).
     """
     means = {}
     for module in results[0]['variance']:
-        # None is where nothing was measured
-        phi, scale = (
-            np.array([r[name][module] for r in results], dtype=float)
-            for name in ('variance', 'lr_scale')
-        )
-        values = phi * scale**2 if squared_scale else phi
+        values = series(results, module, modulated)
         middle_part = values[:, middle(study, values.shape[1])]
         means[module] = float(np.nanmean(middle_part))
     return means
+
+
+def series(
+    results: Sequence[Result], module: str, modulated: bool
+) -> np.ndarray:
+    """phi, or mu**2 * phi, by run and part of it; NaN where unmeasured."""
+    phi, scale = (
+        np.array([r[name][module] for r in results], dtype=float)
+        for name in ('variance', 'lr_scale')
+    )
+    return phi * scale**2 if modulated else phi
 
 
 def compared_rates(
@@ -230,10 +239,10 @@ def variance_table(study: Mapping[str, Any], done: Done, model: str) -> str:
             ]
             if not results:
                 continue
-            phis = middle_means(study, results, squared_scale=False)
+            phis = middle_means(study, results, modulated=False)
             modules += [name for name in phis if name not in modules]
             modulated = study['methods'][cell.method]['modulate']
-            aligned = middle_means(study, results, squared_scale=modulated)
+            aligned = middle_means(study, results, modulated=modulated)
             rows.append(
                 [
                     cell.method,
@@ -309,18 +318,15 @@ def cost_table(done: Done) -> str:
 
 
 def draw(study: Mapping[str, Any], done: Done, file: Path) -> None:
-    """phi of each module over the training: small batch, large, with AGVM."""
+    """Variance of each module over the training: small batch, large, AGVM."""
     largest = max(
         cell.batch_size for cell in cells_of(study, done) if not cell.variant
     )
     smallest = min(cell.batch_size for cell in cells_of(study, done))
     panels = [
-        (f'SGD, batch {smallest}', Cell('faster_rcnn', 'sgd', smallest)),
-        (f'SGD, batch {largest}', Cell('faster_rcnn', 'sgd', largest)),
-        (
-            f'SGD with AGVM, batch {largest}',
-            Cell('faster_rcnn', 'agvm_sgd', largest),
-        ),
+        (f'SGD, batch {smallest}', Cell(SHOWN, 'sgd', smallest)),
+        (f'SGD, batch {largest}', Cell(SHOWN, 'sgd', largest)),
+        (f'AGVM, batch {largest}', Cell(SHOWN, 'agvm_sgd', largest)),
     ]
     epochs = study['training']['epochs']
     with plt.rc_context(TEXT):
@@ -331,18 +337,16 @@ def draw(study: Mapping[str, Any], done: Done, file: Path) -> None:
             results = finals(study, done, cell)
             metric = on_test_images(results)
             results = [r for r in results if r['status'] == 'ended']
+            modulated = study['methods'][cell.method]['modulate']
             axis.set_title(f'{title}\nbox AP {metric}')
             axis.set_xlabel('epoch')
             for index, module in enumerate(
                 results[0]['variance'] if results else ()
             ):
-                # over seeds; None is where nothing was measured
-                series = np.array(
-                    [r['variance'][module] for r in results], dtype=float
-                )
-                known = np.isfinite(series).any(axis=0)
-                means = np.nanmean(series[:, known], axis=0)
-                x = (np.arange(series.shape[1]) + 0.5) / series.shape[1]
+                values = series(results, module, modulated)
+                known = np.isfinite(values).any(axis=0)
+                means = np.nanmean(values[:, known], axis=0)
+                x = (np.arange(values.shape[1]) + 0.5) / values.shape[1]
                 axis.plot(
                     epochs * x[known],
                     means,
@@ -351,16 +355,72 @@ def draw(study: Mapping[str, Any], done: Done, file: Path) -> None:
                     label=module,
                     linewidth=1.2,
                 )
-        axes[0].set_ylabel(r'gradient variance $\phi$')
+        axes[0].set_ylabel(r'gradient variance $\mu^2 \phi$')
         axes[0].set_ylim(bottom=0)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc='lower center', ncol=4, frameon=False
+        save(figure, axes, file)
+
+
+def draw_rates(study: Mapping[str, Any], done: Done, file: Path) -> None:
+    """Metric on tuning images against the learning rate, SGD and AGVM."""
+    found = [
+        run
+        for run in done
+        if run.cell.model == SHOWN
+        and run.cell.method in COMPARED
+        and not run.cell.variant
+        and run.seed == study['tune_seed']
+    ]
+    sizes = sorted({run.cell.batch_size for run in found})
+    with plt.rc_context(TEXT):
+        figure, axes = plt.subplots(
+            1, len(sizes), figsize=(PAGE, 2.4), sharey=True, squeeze=False
         )
-        figure.tight_layout(rect=(0, 0.08, 1, 1))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=300)
-        plt.close(figure)
+        for axis, size in zip(axes[0], sizes):
+            axis.set_title(f'batch {size}')
+            axis.set_xscale('log', base=2)
+            axis.set_xlabel('learning rate')
+            for index, (method, label) in enumerate(COMPARED.items()):
+                points = sorted(
+                    (run.lr, done[run]['metrics']['tune'])
+                    for run in found
+                    if run.cell == Cell(SHOWN, method, size)
+                )
+                axis.plot(
+                    *zip(*points),
+                    color=COLOURS[index],
+                    linestyle=DASHES[index],
+                    marker='os'[index],
+                    label=label,
+                    clip_on=False,
+                )
+            rates = sorted(
+                {run.lr for run in found if run.cell.batch_size == size}
+            )
+            axis.set_xticks(rates, [f'{rate:.2g}' for rate in rates])
+            axis.minorticks_off()
+            axis.tick_params(axis='x', rotation=60)
+        axes[0][0].set_ylabel('box AP, 0: diverged')
+        axes[0][0].set_ylim(bottom=0)
+        save(figure, axes[0], file)
+
+
+def save(figure: Any, axes: Sequence[Any], file: Path) -> None:
+    """A figure, with the legend of its panels below them."""
+    labels: Dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            labels.setdefault(label, handle)
+    figure.legend(
+        labels.values(),
+        labels.keys(),
+        loc='lower center',
+        ncol=4,
+        frameon=False,
+    )
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=300)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -380,10 +440,12 @@ def main() -> None:
     fill(args.out, 'variants', variants_table(study, done))
     fill(args.out, 'cost', cost_table(done))
     draw(study, done, args.figure)
+    rates = args.figure.with_stem(f'{args.figure.stem}_rates')
+    draw_rates(study, done, rates)
     runs = list(plan(study, done))
     print(
-        f'{args.out} and {args.figure}, of {len(done)} runs; the study has '
-        f'{len(runs)}'
+        f'{args.out}, {args.figure} and {rates}, of {len(done)} runs; the '
+        f'study has {len(runs)}'
     )
 
 
