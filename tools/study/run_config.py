@@ -163,6 +163,7 @@ def set_training(cfg: Config, study: Mapping[str, Any], run: Run) -> None:
         estimator=training['estimator'],
         begin=warmup // count,
         modulate=method['modulate'],
+        clip_grad=training['clip_grad'],
     )
     if 'paramwise_cfg' in method:
         cfg.optim_wrapper.paramwise_cfg = method['paramwise_cfg']

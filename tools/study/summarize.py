@@ -209,9 +209,10 @@ def series(
 def compared_rates(
     study: Mapping[str, Any], done: Done, cell: Cell
 ) -> List[float]:
-    """A cell's tuned rate, and those of the methods with the same grid.
+    """The rates that a cell's variances are shown at.
 
-    phi depends on the rate, so methods are also compared at the same one.
+    Its tuned one, those of the methods with the same grid, as phi depends on
+    the rate, and those that a stage gives.
     """
     grid = study['methods'][cell.method]['rates']
     found = {
@@ -219,6 +220,9 @@ def compared_rates(
         for method, declared in study['methods'].items()
         if declared['rates'] == grid
     }
+    for stage in study['stages']:
+        if cell in cells(stage):
+            found.update(stage.get('rates', ()))
     return sorted(rate for rate in found if rate is not None)
 
 
