@@ -1,7 +1,13 @@
 # The smallest slice that means something: two batch sizes, two methods, one
-# rate and one seed each, a fifth of the images. For smoke.sh.
+# rate and one seed each, a quarter of the images shown. For smoke.sh.
 _base_ = './study.py'
-data = dict(root='data/study_smoke/', train=dict(images=2048))
+data = dict(
+    root='data/study_smoke/',
+    train=dict(images=2048),
+    tune=dict(images=200),
+    test=dict(images=200),
+)
+pretraining = dict(images=15000)
 training = dict(epochs=6, decay_epochs=(4, 5), warmup_epochs=1)
 grid_moves = 0
 grid_refinement = ()
