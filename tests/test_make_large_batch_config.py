@@ -336,3 +336,15 @@ def test_all_that_counts_iterations_is_scaled(tool):
     _, once, restarts = tool.schedule([once, restarts], None, batch, 5, None)
     assert once['total_steps'] == 1000
     assert restarts['periods'] == [100, 200]
+
+
+def test_accumulation_of_the_original_counts(tool):
+    cfg = Config(
+        dict(
+            train_dataloader=dict(batch_size=2),
+            auto_scale_lr=dict(base_batch_size=16),
+            optim_wrapper=dict(accumulative_counts=4),
+        )
+    )
+    size, source = tool.find_base_batch_size('mmdet::any.py', cfg)
+    assert size == 64 and 'x 4 accumulated micro-batches' in source

@@ -365,7 +365,7 @@ def draw(study: Mapping[str, Any], done: Done, file: Path) -> None:
 
 
 def draw_rates(study: Mapping[str, Any], done: Done, file: Path) -> None:
-    """Metric on tuning images against the learning rate, SGD and AGVM."""
+    """Metric on tuning images against the rate, SGD and AGVM, if any ran."""
     found = [
         run
         for run in done
@@ -374,6 +374,8 @@ def draw_rates(study: Mapping[str, Any], done: Done, file: Path) -> None:
         and not run.cell.variant
         and run.seed == study['tune_seed']
     ]
+    if not found:
+        return
     sizes = sorted({run.cell.batch_size for run in found})
     with plt.rc_context(TEXT):
         figure, axes = plt.subplots(
