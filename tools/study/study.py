@@ -259,8 +259,14 @@ variants = dict(
 # with its best rate and each of `seeds`, where that has not been done. A stage
 # with `rates` tunes nothing: it trains its cells with each of them.
 tune_seed = 0
-others = ['lars', 'adamw', 'agvm_adamw', 'lamb', 'pmd_lamb']
 both = ['sgd', 'agvm_sgd']
+layerwise = ['lars', 'lamb', 'pmd_lamb']
+adaptive = ['adamw', 'agvm_adamw']
+settings = [
+    *('tau_4', 'alpha_9', 'range_2', 'anchor_head', 'anchor_rpn', 'begin_0'),
+    *('split', 'tau_16', 'alpha_99', 'anchor_neck', 'begin_late'),
+    'range_official',
+]
 stages = [
     dict(
         name='SGD and AGVM at the largest batch',
@@ -300,7 +306,43 @@ stages = [
         methods=['sgd'],
         batch_sizes=[256, 32],
         variants=['no_fpn', 'few_proposals', 'frozen_head'],
-        seeds=[0, 1],
+        seeds=[0],
+    ),
+    dict(
+        name="AGVM's settings",
+        models=['faster_rcnn'],
+        methods=['agvm_sgd'],
+        batch_sizes=[256],
+        variants=settings,
+        seeds=[0],
+    ),
+    dict(
+        name='LARS and LAMB at the largest batch',
+        models=['faster_rcnn'],
+        methods=layerwise,
+        batch_sizes=[256],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='AdamW at the largest batch',
+        models=['faster_rcnn'],
+        methods=adaptive,
+        batch_sizes=[256],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='pipelines of one stage',
+        models=['retinanet', 'sem_fpn'],
+        methods=both,
+        batch_sizes=[256, 32],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='the other methods at the reference batch',
+        models=['faster_rcnn'],
+        methods=[*layerwise, *adaptive],
+        batch_sizes=[32],
+        seeds=[0, 1, 2],
     ),
     dict(
         name="AGVM's mean multipliers, held",
@@ -310,43 +352,24 @@ stages = [
         seeds=[0, 1, 2],
     ),
     dict(
-        name='LARS, AdamW and LAMB at the largest batch',
-        models=['faster_rcnn'],
-        methods=others,
-        batch_sizes=[256],
-        seeds=[0, 1, 2],
-    ),
-    dict(
-        name="AGVM's settings",
-        models=['faster_rcnn'],
-        methods=['agvm_sgd'],
-        batch_sizes=[256],
-        variants=[
-            *('range_2', 'range_official', 'split'),
-            *('tau_4', 'tau_16', 'alpha_9', 'alpha_99'),
-            *('anchor_neck', 'anchor_rpn', 'anchor_head'),
-            *('begin_0', 'begin_late'),
-        ],
-        seeds=[0, 1],
-    ),
-    dict(
-        name='other pipelines',
-        models=['retinanet', 'sem_fpn', 'mask_rcnn'],
+        name='Mask R-CNN',
+        models=['mask_rcnn'],
         methods=both,
         batch_sizes=[256, 32],
         seeds=[0, 1, 2],
     ),
     dict(
-        name='the other methods at the reference batch',
+        name="AGVM's settings, with other seeds",
         models=['faster_rcnn'],
-        methods=others,
-        batch_sizes=[32],
-        seeds=[0, 1, 2],
+        methods=['agvm_sgd'],
+        batch_sizes=[256],
+        variants=settings,
+        seeds=[1, 2],
     ),
     dict(
         name='a batch in between',
         models=['faster_rcnn'],
-        methods=[*both, *others],
+        methods=[*both, *layerwise, *adaptive],
         batch_sizes=[128],
         seeds=[0, 1, 2],
     ),
