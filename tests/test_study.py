@@ -28,13 +28,8 @@ from plan import (
     tuning_rates,
 )
 from run_config import make_config
-from summarize import (
-    mean_and_spread,
-    middle,
-    on_test_images,
-    variance_table,
-    variants_table,
-)
+from study_results import mean_and_spread, middle, on_test_images
+from study_tables import variance_table, variants_table
 
 STUDY = ROOT / 'tools/study/study.py'
 TINY = f"""

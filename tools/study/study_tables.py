@@ -1,0 +1,206 @@
+"""Tables of a study's results, in Markdown."""
+
+from dataclasses import replace
+from typing import Any, Dict, List, Mapping, Tuple
+
+import numpy as np
+from markdown_report import table
+from plan import Cell, Done, Run, best_rate, cells, tuning_rates
+from study_results import (
+    NOT_RUN,
+    cells_of,
+    finals,
+    middle_means,
+    on_test_images,
+    spread,
+)
+
+
+def results_table(study: Mapping[str, Any], done: Done, model: str) -> str:
+    """Test metric by method and batch size, and what the largest loses."""
+    found = [
+        cell
+        for cell in cells_of(study, done)
+        if cell.model == model and not cell.variant
+    ]
+    sizes = sorted({cell.batch_size for cell in found})
+    methods = [
+        name
+        for name in study['methods']
+        if any(cell.method == name for cell in found)
+    ]
+    rows = []
+    for method in methods:
+        row, metrics = [method], []
+        for size in sizes:
+            cell = Cell(model, method, size)
+            rate = best_rate(study, cell, done)
+            results = finals(study, done, cell)
+            text = on_test_images(results) if cell in found else '-'
+            row.append(text if rate is None else f'{text} (lr {rate:g})')
+            metrics.append([r['metrics']['test'] for r in results])
+        lost = (
+            f'{np.mean(metrics[-1]) - np.mean(metrics[0]):+.3f}'
+            if metrics[0] and metrics[-1]
+            else NOT_RUN
+        )
+        rows.append([*row, lost])
+    header = [f'batch {size}' for size in sizes]
+    return table(['method', *header, f'{sizes[0]} to {sizes[-1]}'], rows)
+
+
+def tuning_table(study: Mapping[str, Any], done: Done, model: str) -> str:
+    """Metric on tuning images by learning rate, one seed each."""
+    rows = []
+    for cell in cells_of(study, done):
+        if cell.model != model or cell.variant:
+            continue
+        shown = []
+        rates = tuning_rates(study, cell, done)
+        best = best_rate(study, cell, done)
+        for rate in rates:
+            result = done.get(Run(cell, rate, study['tune_seed']))
+            if result is None:
+                value = NOT_RUN
+            elif result['status'] == 'diverged':
+                value = 'diverged'
+            else:
+                value = f'{result["metrics"]["tune"]:.3f}'
+            shown.append(f'{rate:g}: {value}')
+        if best in (rates[0], rates[-1]):
+            shown.append('the best is at the end of the grid')
+        rows.append([cell.method, str(cell.batch_size), ', '.join(shown)])
+    return table(['method', 'batch', 'learning rate: metric'], rows)
+
+
+def survival_table(study: Mapping[str, Any], done: Done) -> str:
+    """How runs with given rates ended, one row for each cell and rate."""
+    rows = []
+    for stage in study['stages']:
+        for rate in stage.get('rates', ()):
+            for cell in cells(stage):
+                results = [
+                    result
+                    for run, result in done.items()
+                    if run.cell == cell and run.lr == rate
+                ]
+                rows.append(
+                    [
+                        cell.method,
+                        str(cell.batch_size),
+                        cell.variant or '-',
+                        f'{rate:g}',
+                        on_test_images(results),
+                    ]
+                )
+    return table(['method', 'batch', 'variant', 'lr', 'test'], rows)
+
+
+def compared_rates(
+    study: Mapping[str, Any], done: Done, cell: Cell
+) -> List[float]:
+    """The rates that a cell's variances are shown at.
+
+    Its tuned one, those of the methods with the same grid, as phi depends on
+    the rate, and those that a stage gives.
+    """
+    grid = study['methods'][cell.method]['rates']
+    found = {
+        best_rate(study, replace(cell, method=method), done)
+        for method, declared in study['methods'].items()
+        if declared['rates'] == grid
+    }
+    for stage in study['stages']:
+        if cell in cells(stage):
+            found.update(stage.get('rates', ()))
+    return sorted(rate for rate in found if rate is not None)
+
+
+def variance_table(study: Mapping[str, Any], done: Done, model: str) -> str:
+    """phi of each module, mid-training, and how far apart they are."""
+    rows: List[List[str]] = []
+    modules: List[str] = []
+    for cell in cells_of(study, done):
+        if cell.model != model:
+            continue
+        for rate in compared_rates(study, done, cell):
+            results = [
+                result
+                for run, result in done.items()
+                if run.cell == cell
+                and run.lr == rate
+                and result['status'] == 'ended'
+            ]
+            if not results:
+                continue
+            phis = middle_means(study, results, modulated=False)
+            modules += [name for name in phis if name not in modules]
+            modulated = study['methods'][cell.method]['modulate']
+            aligned = middle_means(study, results, modulated=modulated)
+            rows.append(
+                [
+                    cell.method,
+                    str(cell.batch_size),
+                    cell.variant or '-',
+                    f'{rate:g}',
+                    str(len(results)),
+                    *(f'{phis[m]:.2f}' if m in phis else '-' for m in modules),
+                    f'{spread(phis):.1f}',
+                    f'{spread(aligned):.1f}',
+                ]
+            )
+    header = ['method', 'batch', 'variant', 'lr', 'seeds', *modules]
+    return table([*header, 'spread of φ', 'spread of μ²φ'], rows)
+
+
+def variants_table(study: Mapping[str, Any], done: Done) -> str:
+    """Test metric of each variant beside the run without, same seeds."""
+    rows = []
+    for cell in cells_of(study, done):
+        if not cell.variant:
+            continue
+        with_it = finals(study, done, cell)
+        seeds = {result['seed'] for result in with_it}
+        without = [
+            result
+            for result in finals(study, done, replace(cell, variant=''))
+            if result['seed'] in seeds
+        ]
+        rows.append(
+            [
+                cell.variant,
+                cell.method,
+                str(cell.batch_size),
+                on_test_images(with_it),
+                on_test_images(without),
+            ]
+        )
+    return table(['variant', 'method', 'batch', 'with it', 'without'], rows)
+
+
+def cost_table(done: Done) -> str:
+    """AGVM's share of updates' time, from updates of the same run."""
+    rows = []
+    by_kind: Dict[Tuple[str, str, int, int], List[Dict[str, float]]] = {}
+    for run, result in done.items():
+        cell, time = run.cell, result.get('update_time')
+        if time and result['status'] == 'ended':
+            key = cell.model, cell.method, cell.batch_size, time['interval']
+            by_kind.setdefault(key, []).append(time)
+    for (model, method, size, interval), times in sorted(by_kind.items()):
+        shares = [100 * time['share'] for time in times]
+        rows.append(
+            [
+                model,
+                method,
+                str(size),
+                str(interval),
+                str(len(shares)),
+                f'{np.median(shares):.2f} % '
+                f'({min(shares):.2f} to {max(shares):.2f})',
+            ]
+        )
+    return table(
+        ['model', 'method', 'batch', 'tau', 'runs', 'median share (range)'],
+        rows,
+    )
