@@ -192,7 +192,7 @@ def test_line_cut_short_by_a_crash_is_left_out_and_not_continued(tmp_path):
 
 
 def test_spread_is_that_of_the_seeds():
-    assert mean_and_spread([0.1, 0.2, 0.3]) == '0.200 ± 0.100'
+    assert mean_and_spread([0.1, 0.2, 0.3]) == '0.200 ± 0.100 (3 seeds)'
     assert mean_and_spread([0.5]) == '0.500 (1 seed)'
     assert mean_and_spread([]) == 'not run'
 
@@ -251,6 +251,7 @@ def test_variants_are_compared_on_the_same_seeds():
         done[Run(cell, 2.0, seed)]['metrics']['test'] = metric
     row = variants_table(tuned, done).splitlines()[-1]
     assert '0.400 (1 seed)' in row and '0.300 (1 seed)' in row
+    assert '| 2 |' in ' '.join(row.split())
 
 
 def test_stage_with_rates_tunes_nothing():

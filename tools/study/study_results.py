@@ -30,7 +30,8 @@ def mean_and_spread(values: Sequence[float]) -> str:
         return NOT_RUN
     if len(values) == 1:
         return f'{values[0]:.3f} (1 seed)'
-    return f'{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}'
+    deviation = np.std(values, ddof=1)
+    return f'{np.mean(values):.3f} ± {deviation:.3f} ({len(values)} seeds)'
 
 
 def on_test_images(results: Sequence[Result]) -> str:

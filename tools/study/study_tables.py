@@ -74,10 +74,11 @@ def tuning_table(study: Mapping[str, Any], done: Done, model: str) -> str:
 
 
 def survival_table(study: Mapping[str, Any], done: Done) -> str:
-    """How runs with given rates ended, one row for each cell and rate."""
+    """How runs ended, by cell and rate, in stages that try several rates."""
     rows = []
     for stage in study['stages']:
-        for rate in stage.get('rates', ()):
+        rates = stage.get('rates', ())
+        for rate in rates if len(rates) > 1 else ():
             for cell in cells(stage):
                 results = [
                     result
@@ -154,28 +155,31 @@ def variance_table(study: Mapping[str, Any], done: Done, model: str) -> str:
 
 
 def variants_table(study: Mapping[str, Any], done: Done) -> str:
-    """Test metric of each variant beside the run without, same seeds."""
+    """Test metric of each variant beside runs without, at the same rate."""
     rows = []
     for cell in cells_of(study, done):
         if not cell.variant:
             continue
-        with_it = finals(study, done, cell)
-        seeds = {result['seed'] for result in with_it}
-        without = [
-            result
-            for result in finals(study, done, replace(cell, variant=''))
-            if result['seed'] in seeds
-        ]
-        rows.append(
-            [
-                cell.variant,
-                cell.method,
-                str(cell.batch_size),
-                on_test_images(with_it),
-                on_test_images(without),
-            ]
-        )
-    return table(['variant', 'method', 'batch', 'with it', 'without'], rows)
+        found: Dict[float, List[Run]] = {}
+        for run in done:
+            if run.cell == cell and run.lr is not None:
+                found.setdefault(run.lr, []).append(run)
+        name = [cell.variant, cell.method, str(cell.batch_size)]
+        if not found:
+            rows.append([*name, '-', NOT_RUN, NOT_RUN])
+        for rate, runs in sorted(found.items()):
+            same = [replace(r, cell=replace(cell, variant='')) for r in runs]
+            rows.append(
+                [
+                    *name,
+                    f'{rate:g}',
+                    on_test_images([done[run] for run in runs]),
+                    on_test_images([done[r] for r in same if r in done]),
+                ]
+            )
+    return table(
+        ['variant', 'method', 'batch', 'lr', 'with it', 'without'], rows
+    )
 
 
 def cost_table(done: Done) -> str:
