@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import prepare
@@ -16,6 +17,7 @@ import torch
 from commands import ROOT
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 from plan import (
     Cell,
@@ -30,6 +32,7 @@ from plan import (
 from run_config import make_config
 from study_results import mean_and_spread, middle, on_test_images
 from study_tables import variance_table, variants_table
+from train_run import clipped_share
 
 STUDY = ROOT / 'tools/study/study.py'
 TINY = f"""
@@ -318,6 +321,7 @@ def test_study_is_stopped_and_goes_on_and_ends(tiny):
         assert result['status'] == 'ended'
         assert result['measurements']['measured'] == 4
         assert result['metrics'].keys() == {'tune', 'test'}
+        assert (8 * result['clipped']).is_integer()  # it has 8 updates
 
     # same seed: the same until AGVM measures, after the first of two epochs
     sgd, agvm = (
@@ -422,6 +426,18 @@ def test_results_are_summarized(tiny):
     assert text.count('| agvm_sgd') == 3  # results, tuning, variances
     assert 'not run' not in text
     assert figure.stat().st_size > 10000
+
+
+def test_clipped_updates_are_counted():
+    hub = MessageHub('clipped')
+    runner = SimpleNamespace(
+        message_hub=hub,
+        optim_wrapper=SimpleNamespace(clip_grad_kwargs=dict(max_norm=2)),
+    )
+    assert clipped_share(runner) is None
+    for norm in (1.0, 2.5, 1.5, 2.0):
+        hub.update_scalar('train/grad_norm', norm)
+    assert clipped_share(runner) == 0.25
 
 
 def test_nothing_to_summarize_is_told(tmp_path):

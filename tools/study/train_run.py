@@ -6,7 +6,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, List, Mapping, Optional
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ def train(study: Mapping[str, Any], run: Run, work_dir: Path) -> Dict:
         metrics=metrics,
         seconds=round(time.perf_counter() - started, 1),
         **summary(work_dir, study),
+        clipped=clipped_share(runner),
         declaration=fingerprint(study, run.cell),
         commit=full_version(),
         torch=torch.__version__,
@@ -73,6 +74,16 @@ def diverged(runner: Runner) -> bool:
     return (losses is not None and not math.isfinite(losses.current())) or any(
         not param.isfinite().all() for param in runner.model.parameters()
     )
+
+
+def clipped_share(runner: Runner) -> Optional[float]:
+    """Of updates, those with clipped gradients; None if none are clipped."""
+    norms = runner.message_hub.log_scalars.get('train/grad_norm')
+    if norms is None:
+        return None
+    values, _ = norms.data
+    limit = runner.optim_wrapper.clip_grad_kwargs['max_norm']
+    return round(float((values > limit).mean()), 4)
 
 
 def summary(work_dir: Path, study: Mapping[str, Any]) -> Dict[str, Any]:
