@@ -1,12 +1,12 @@
 """Figures of a study's results."""
 
 from pathlib import Path
-from typing import Any, Dict, Mapping, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 import numpy as np
 from figures import COLOURS, DASHES, PAGE, TEXT, plt
-from plan import Cell, Done
-from study_results import cells_of, finals, on_test_images, series
+from plan import Cell, Done, best_rate
+from study_results import cells_of, on_test_images, series
 
 #: What is shown.
 SHOWN = 'faster_rcnn'
@@ -14,27 +14,32 @@ COMPARED = dict(sgd='SGD', agvm_sgd='AGVM')
 
 
 def draw_variance(study: Mapping[str, Any], done: Done, file: Path) -> None:
-    """Variance of each module over the training: small batch, large, AGVM."""
+    """Variance by module over the training: small batch, large, and AGVM."""
     largest = max(
         cell.batch_size for cell in cells_of(study, done) if not cell.variant
     )
     smallest = min(cell.batch_size for cell in cells_of(study, done))
-    panels = [
-        (f'SGD, batch {smallest}', Cell(SHOWN, 'sgd', smallest)),
-        (f'SGD, batch {largest}', Cell(SHOWN, 'sgd', largest)),
-        (f'AGVM, batch {largest}', Cell(SHOWN, 'agvm_sgd', largest)),
-    ]
+    panels = [('sgd', smallest), ('sgd', largest), ('agvm_sgd', largest)]
     epochs = study['training']['epochs']
     with plt.rc_context(TEXT):
         figure, axes = plt.subplots(
             1, len(panels), figsize=(PAGE, 2.4), sharex=True, sharey=True
         )
-        for axis, (title, cell) in zip(axes, panels):
-            results = finals(study, done, cell)
+        for axis, (method, size) in zip(axes, panels):
+            # the same rate for AGVM, as phi depends on it
+            rate = best_rate(study, Cell(SHOWN, 'sgd', size), done)
+            results = [
+                result
+                for run, result in done.items()
+                if run.cell == Cell(SHOWN, method, size) and run.lr == rate
+            ]
             metric = on_test_images(results)
             results = [r for r in results if r['status'] == 'ended']
-            modulated = study['methods'][cell.method]['modulate']
-            axis.set_title(f'{title}\nbox AP {metric}')
+            modulated = study['methods'][method]['modulate']
+            shown = 'rate not known' if rate is None else f'lr {rate:g}'
+            axis.set_title(
+                f'{COMPARED[method]}, batch {size}, {shown}\nbox AP {metric}'
+            )
             axis.set_xlabel('epoch')
             for index, module in enumerate(
                 results[0]['variance'] if results else ()
@@ -57,15 +62,14 @@ def draw_variance(study: Mapping[str, Any], done: Done, file: Path) -> None:
 
 
 def draw_rates(study: Mapping[str, Any], done: Done, file: Path) -> None:
-    """Metric on tuning images against the rate, SGD and AGVM, if any ran."""
-    found = [
-        run
-        for run in done
+    """Test metric against the rate: a point for each run, a line of means."""
+    found = {
+        run: result['metrics']['test']
+        for run, result in done.items()
         if run.cell.model == SHOWN
         and run.cell.method in COMPARED
         and not run.cell.variant
-        and run.seed == study['tune_seed']
-    ]
+    }
     if not found:
         return
     sizes = sorted({run.cell.batch_size for run in found})
@@ -77,27 +81,36 @@ def draw_rates(study: Mapping[str, Any], done: Done, file: Path) -> None:
             axis.set_title(f'batch {size}')
             axis.set_xscale('log', base=2)
             axis.set_xlabel('learning rate')
+            shown = set()
             for index, (method, label) in enumerate(COMPARED.items()):
-                points = sorted(
-                    (run.lr, done[run]['metrics']['tune'])
-                    for run in found
-                    if run.cell == Cell(SHOWN, method, size)
-                )
+                by_rate: Dict[float, List[float]] = {}
+                for run, metric in found.items():
+                    if run.cell == Cell(SHOWN, method, size):
+                        by_rate.setdefault(run.lr, []).append(metric)
+                rates = sorted(by_rate)
+                shown.update(rates)
+                style = dict(color=COLOURS[index], clip_on=False)
+                for rate in rates:
+                    axis.plot(
+                        [rate] * len(by_rate[rate]),
+                        by_rate[rate],
+                        marker='os'[index],
+                        linestyle='',
+                        markersize=3,
+                        **style,
+                    )
                 axis.plot(
-                    *zip(*points),
-                    color=COLOURS[index],
+                    rates,
+                    [np.mean(by_rate[rate]) for rate in rates],
                     linestyle=DASHES[index],
-                    marker='os'[index],
                     label=label,
-                    clip_on=False,
+                    **style,
                 )
-            rates = sorted(
-                {run.lr for run in found if run.cell.batch_size == size}
-            )
-            axis.set_xticks(rates, [f'{rate:.2g}' for rate in rates])
+            ticks = sorted(shown)
+            axis.set_xticks(ticks, [f'{rate:.2g}' for rate in ticks])
             axis.minorticks_off()
             axis.tick_params(axis='x', rotation=60)
-        axes[0][0].set_ylabel('box AP, 0: diverged')
+        axes[0][0].set_ylabel('test box AP, 0: diverged')
         axes[0][0].set_ylim(bottom=0)
         save(figure, axes[0], file)
 
