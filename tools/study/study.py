@@ -336,6 +336,13 @@ stages = [
         seeds=[0, 1, 2],
     ),
     dict(
+        name='SGD and AGVM at a batch in between',
+        models=['faster_rcnn'],
+        methods=both,
+        batch_sizes=[128],
+        seeds=[0, 1, 2],
+    ),
+    dict(
         name='AdamW at the largest batch',
         models=['faster_rcnn'],
         methods=adaptive,
@@ -378,12 +385,5 @@ stages = [
         variants=settings,
         rates=stable_rates,
         seeds=[1, 2],
-    ),
-    dict(
-        name='a batch in between',
-        models=['faster_rcnn'],
-        methods=[*both, *layerwise, *adaptive],
-        batch_sizes=[128],
-        seeds=[0, 1, 2],
     ),
 ]

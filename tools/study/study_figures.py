@@ -92,11 +92,13 @@ def draw_rates(study: Mapping[str, Any], done: Done, file: Path) -> None:
                 style = dict(color=COLOURS[index], clip_on=False)
                 for rate in rates:
                     axis.plot(
-                        [rate] * len(by_rate[rate]),
+                        # beside those of the other method
+                        [rate * (0.98, 1.02)[index]] * len(by_rate[rate]),
                         by_rate[rate],
                         marker='os'[index],
                         linestyle='',
-                        markersize=3,
+                        markersize=4,
+                        fillstyle='none',
                         **style,
                     )
                 axis.plot(

@@ -37,7 +37,7 @@ def results_table(study: Mapping[str, Any], done: Done, model: str) -> str:
             rate = best_rate(study, cell, done)
             results = finals(study, done, cell)
             text = on_test_images(results) if cell in found else '-'
-            row.append(text if rate is None else f'{text} (lr {rate:g})')
+            row.append(text if rate is None else f'{text}, lr {rate:g}')
             metrics.append([r['metrics']['test'] for r in results])
         lost = (
             f'{np.mean(metrics[-1]) - np.mean(metrics[0]):+.3f}'
