@@ -285,6 +285,44 @@ launch_utils.join_ranks(Config(dict(launcher='pytorch')))
     assert 'GLOO_SOCKET_IFNAME' in output and 'Traceback' not in output
 
 
+def test_nothing_of_the_group_is_left(tmp_path):
+    """Its threads could abort a Python that is ending."""
+    script = tmp_path / 'script.py'
+    script.write_text("""
+import pathlib
+
+import launch_utils
+import torch
+from mmengine.config import Config
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Runner:
+    def __init__(self):
+        self.model = DistributedDataParallel(torch.nn.Linear(2, 2))
+        self.hook = lambda: self  # as a Runner's, in a cycle
+
+
+def threads():
+    names = pathlib.Path('/proc/self/task').glob('*/comm')
+    return sum('gloo' in name.read_text() for name in names)
+
+
+launch_utils.join_ranks(Config(dict(launcher='pytorch')))
+runner = Runner()
+runner.model(torch.ones(2)).sum().backward()
+before = threads()
+del runner
+launch_utils.leave_ranks()
+print('gloo threads:', before > 0, threads())
+""")
+    output = run(
+        *(sys.executable, 'tools/dist_run.py', '--nproc_per_node=1', script),
+        code=0,
+    )
+    assert 'gloo threads: True 0' in output
+
+
 @pytest.mark.parametrize('timeout', ['soon', '0', '-1', '1.5'])
 def test_bad_timeout_is_refused(timeout, monkeypatch):
     monkeypatch.setenv('TIMEOUT', timeout)

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import gc
 import os
 import os.path as osp
 from typing import Optional
@@ -89,6 +90,19 @@ def join_ranks(cfg: Config) -> None:
         met = torch.ones(1, device=get_comm_device())
         dist.all_reduce(met)
         met.item()  # waits for the GPU
+
+
+def leave_ranks() -> None:
+    """Give up the process group, with its threads, after work that went well.
+
+    MMEngine never does: NCCL warns of it, and a thread of gloo that holds a
+    tensor for a moment too long aborts a Python that is ending, so that a run
+    which has done all its work is told as failed. Nothing may refer to the
+    runner any more, as its model keeps the group.
+    """
+    gc.collect()  # runner and hooks refer to each other
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def patience(cfg: Config) -> float:

@@ -5,6 +5,7 @@ from launch_utils import (
     build_runner,
     common_parser,
     join_ranks,
+    leave_ranks,
     load_config,
     patience,
 )
@@ -76,6 +77,8 @@ def main():
     runner = build_runner(cfg)
     with lost_ranks_told(patience(cfg)):
         runner.test()
+    del runner
+    leave_ranks()
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ from launch_utils import (
     build_runner,
     common_parser,
     join_ranks,
+    leave_ranks,
     load_config,
     patience,
 )
@@ -79,6 +80,8 @@ def main():
         runner.logger.warning(note)
     with lost_ranks_told(patience(cfg)):
         runner.train()
+    del runner
+    leave_ranks()
 
 
 if __name__ == '__main__':
