@@ -336,13 +336,6 @@ stages = [
         seeds=[0, 1, 2],
     ),
     dict(
-        name='SGD and AGVM at a batch in between',
-        models=['faster_rcnn'],
-        methods=both,
-        batch_sizes=[128],
-        seeds=[0, 1, 2],
-    ),
-    dict(
         name='AdamW at the largest batch',
         models=['faster_rcnn'],
         methods=adaptive,
@@ -354,6 +347,13 @@ stages = [
         models=['retinanet', 'sem_fpn'],
         methods=both,
         batch_sizes=[256, 32],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='SGD and AGVM at a batch in between',
+        models=['faster_rcnn'],
+        methods=both,
+        batch_sizes=[128],
         seeds=[0, 1, 2],
     ),
     dict(
