@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import large_batch_plan as planning
 import make_large_batch_config
 import pytest
 from mmengine.config import Config
@@ -71,8 +72,8 @@ def own(tmp_path):
         (64, 4, 4, 4, 4),
     ],
 )
-def test_batch_is_split(tool, batch, gpus, most, images, accumulation):
-    split = tool.split_batch(batch, gpus, most)
+def test_batch_is_split(batch, gpus, most, images, accumulation):
+    split = planning.split_batch(batch, gpus, most)
     assert (split.images_per_gpu, split.accumulation) == (images, accumulation)
 
 
@@ -317,23 +318,25 @@ def test_refusal_is_one_sentence_and_exit_code_1(tmp_path):
     assert 'Traceback' not in done.stderr
 
 
-def test_what_follows_a_warmup_follows_the_new_one(tool):
+def test_what_follows_a_warmup_follows_the_new_one():
     """In epochs: an odd accumulation does not add one."""
     warmup = dict(type='LinearLR', start_factor=0.1, begin=0, end=1)
     cosine = dict(type='CosineAnnealingLR', begin=1, end=12, T_max=11)
-    batch = tool.Batch(512, 2, 16, 16, 16)
-    ours, after = tool.schedule([warmup, cosine], 0, batch, 230, 229.5)
+    batch = planning.Batch(512, 2, 16, 16, 16)
+    ours, after = planning.schedule([warmup, cosine], 0, batch, 230, 229.5)
     assert (ours['by_epoch'], ours['end']) == (False, 230 * 16)
     assert (after['begin'], after['T_max']) == (1, 11)
-    _, after = tool.schedule([warmup, cosine], 0, batch, 460, 230)
+    _, after = planning.schedule([warmup, cosine], 0, batch, 460, 230)
     assert (after['begin'], after['T_max']) == (2, 10)
 
 
-def test_all_that_counts_iterations_is_scaled(tool):
-    batch = tool.Batch(64, 4, 16, 1, 16)
+def test_all_that_counts_iterations_is_scaled():
+    batch = planning.Batch(64, 4, 16, 1, 16)
     once = dict(type='OneCycleLR', by_epoch=False, total_steps=4000)
     restarts = dict(type='CosineRestartLR', by_epoch=False, periods=[400, 800])
-    _, once, restarts = tool.schedule([once, restarts], None, batch, 5, None)
+    _, once, restarts = planning.schedule(
+        [once, restarts], None, batch, 5, None
+    )
     assert once['total_steps'] == 1000
     assert restarts['periods'] == [100, 200]
 

@@ -1,4 +1,4 @@
-"""Plans of a run: its time by hand, the rest against make_large_batch_config.
+"""Plans of a run: its time by hand, the rest against large_batch_plan.
 
 No time is measured but by --profile, and none is asserted.
 """
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / 'tools/misc'), str(ROOT / 'tools/benchmarks')]
 
 import iteration_profile  # noqa: E402
-import make_large_batch_config as large_batch  # noqa: E402
+import large_batch_plan as large_batch  # noqa: E402
 import plan_accuracy  # noqa: E402
 import plan_run as tool  # noqa: E402
 import time_model  # noqa: E402

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
-import make_large_batch_config
+import large_batch_plan
 import numpy as np
 from config_utils import (
     build_model,
@@ -20,7 +20,7 @@ from config_utils import (
     refuse,
 )
 from iteration_profile import image_size, profile
-from make_large_batch_config import Batch, Plan, check
+from large_batch_plan import Batch, Plan, check
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
@@ -79,7 +79,7 @@ def plan_training(
         dataset: 'CocoDataset' or 'ADE20KDataset', whose rule counts.
     """
     result = Plan()
-    warmup, total = make_large_batch_config.plan_training(
+    warmup, total = large_batch_plan.plan_training(
         result, cfg, batch, None, dataset, images
     )
     wrapper = result.diff['optim_wrapper']
