@@ -1,5 +1,6 @@
 """Start-up checks and what is logged; no maths."""
 
+import math
 from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 from mmengine.dist import is_main_process
@@ -76,6 +77,19 @@ class AGVMHook(Hook):
         chart_modules_together(runner.visualizer, quantities(wrapper))
         for line in describe(wrapper, runner):
             runner.logger.info(line)
+        warmup = warmup_updates(
+            runner.param_schedulers or [],
+            len(runner.train_dataloader),
+            wrapper.accumulative_counts,
+        )
+        if wrapper.modulate and wrapper.begin < warmup:
+            runner.logger.warning(
+                f'AGVM: begin={wrapper.begin} measures from within warm-up, '
+                f'which lasts {warmup} updates: in the first ones all samples '
+                'pull alike, which AGVM takes for quiet modules, and raises '
+                f'their learning rates: set optim_wrapper.begin={warmup} or '
+                'more'
+            )
         for name in useless_sync_bn(runner.model):
             runner.logger.warning(
                 f'AGVM: {name} has SyncBN layers (or CGBN), but '
@@ -241,6 +255,37 @@ def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
             f'{wrapper.modulator.lr_scale[module]:.3f}'
         )
     return lines
+
+
+def warmup_updates(
+    schedulers: Sequence[_ParamScheduler],
+    epoch_length: int,
+    accumulative_counts: int,
+) -> int:
+    """Updates in which the learning rate grows from the start.
+
+    Args:
+        schedulers: Of a run, built.
+        epoch_length: Iterations of an epoch.
+        accumulative_counts: Iterations of an update.
+
+    Returns:
+        0 if there is no warm-up.
+    """
+    iterations = [
+        scheduler.end * (epoch_length if scheduler.by_epoch else 1)
+        for scheduler in schedulers
+        if scheduler.param_name == 'lr'
+        and scheduler.begin == 0
+        and (
+            # of LinearLR and ExponentialWarmupLR, and of ConstantLR
+            getattr(scheduler, 'start_factor', 1)
+            < getattr(scheduler, 'end_factor', 1)
+            or getattr(scheduler, 'factor', 1) < 1
+            or 'Warmup' in type(scheduler).__name__
+        )
+    ]
+    return math.ceil(max(iterations, default=0) / accumulative_counts)
 
 
 def useless_sync_bn(model: nn.Module) -> List[str]:

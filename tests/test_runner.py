@@ -64,6 +64,42 @@ def test_start_is_described(tmp_path):
         assert f'AGVM: {line}' in log
 
 
+@pytest.mark.parametrize(
+    'warmup, updates',
+    [
+        (dict(type='LinearLR', start_factor=0.1, end=7, by_epoch=False), 4),
+        (dict(type='ConstantLR', factor=0.1, end=2), ITERATIONS),
+        (dict(type='mmdet.QuadraticWarmupLR', end=6, by_epoch=False), 3),
+        (dict(type='ExponentialWarmupLR', end=6, by_epoch=False), 3),
+    ],
+)
+def test_measuring_from_within_warmup_is_told(tmp_path, warmup, updates):
+    told = f'which lasts {updates} updates'
+    for begin in (updates - 1, updates):
+        cfg = toy_cfg(tmp_path / str(begin), max_epochs=1)
+        cfg.param_scheduler = [warmup]
+        cfg.optim_wrapper.begin = begin
+        log = log_of(run(cfg))
+        assert (told in log) == (begin < updates)
+        assert (f'set optim_wrapper.begin={updates}' in log) == (told in log)
+
+
+@pytest.mark.parametrize(
+    'scheduler',
+    [
+        dict(type='MultiStepLR', milestones=[1]),
+        dict(type='LinearLR', start_factor=1, end_factor=0.1, end=2),
+        dict(type='LinearLR', start_factor=0.1, begin=1, end=2),
+        dict(type='LinearMomentum', start_factor=0.1, end=2),
+    ],
+)
+def test_what_is_no_warmup_is_not_told(tmp_path, scheduler):
+    cfg = toy_cfg(tmp_path / 'run', max_epochs=1)
+    cfg.param_scheduler = [scheduler]
+    cfg.optim_wrapper.begin = 0
+    assert 'warm-up' not in log_of(run(cfg))
+
+
 def test_every_module_is_logged_from_the_first_iteration(tmp_path):
     runner = run(toy_cfg(tmp_path / 'run', max_epochs=1))
     lines = train_lines(runner)
