@@ -12,6 +12,8 @@ TOOLS = Path(__file__).parent.parent / 'tools'
 sys.path.insert(0, str(TOOLS / 'misc'))
 
 import advise_batch_size as tool  # noqa: E402
+import batch_means  # noqa: E402
+import noise_scales  # noqa: E402
 
 from mmagvm.functional import pairs_noise, pairs_variance  # noqa: E402
 
@@ -23,7 +25,9 @@ BATCH, RANKS, IMAGES = 32, 4, 8
 
 def test_noise_scale_by_hand():
     # halves of 16 images: noise and signal are equal in each at cosine 1/2
-    found = tool.noise_scale(np.array([0.5, 0.8, 1.0, 0.0, -0.3]), BATCH)
+    found = noise_scales.noise_scale(
+        np.array([0.5, 0.8, 1.0, 0.0, -0.3]), BATCH
+    )
     assert found == pytest.approx([16, 4, 0, np.inf, np.inf])
 
 
@@ -31,16 +35,20 @@ def test_noise_scale_is_that_of_the_estimator():
     local, mean = torch.tensor([3.0]).double(), torch.tensor([1.4]).double()
     signal, noise = pairs_noise(local, mean, RANKS)
     phi = pairs_variance(local, mean, RANKS).numpy()
-    assert tool.noise_scale(1 - phi, BATCH) == pytest.approx(
+    assert noise_scales.noise_scale(1 - phi, BATCH) == pytest.approx(
         IMAGES * (noise / signal).numpy()
     )
 
 
 def test_variance_at_other_batches():
     cosine = np.array([0.2, -0.1])
-    assert tool.variance_at(cosine, BATCH, BATCH) == pytest.approx([0.8, 1])
+    assert noise_scales.variance_at(cosine, BATCH, BATCH) == pytest.approx(
+        [0.8, 1]
+    )
     # rho is 64, which leaves half of phi's terms equal at 128
-    assert tool.variance_at(cosine, BATCH, 128) == pytest.approx([0.5, 1])
+    assert noise_scales.variance_at(cosine, BATCH, 128) == pytest.approx(
+        [0.5, 1]
+    )
 
 
 def test_multipliers_grow_to_the_root_of_noise_scales():
@@ -48,7 +56,7 @@ def test_multipliers_grow_to_the_root_of_noise_scales():
 
     def scale(batch, **kwargs):
         kwargs = dict(dict(anchor=0, eps=0, ratio_range=(0.1, 10)), **kwargs)
-        return tool.lr_scale_at(cosine, BATCH, batch, **kwargs)
+        return noise_scales.lr_scale_at(cosine, BATCH, batch, **kwargs)
 
     assert scale(BATCH) == pytest.approx([1, np.sqrt(0.8 / 0.5)])
     assert scale(10**9) == pytest.approx([1, 2])
@@ -59,8 +67,8 @@ def test_multipliers_grow_to_the_root_of_noise_scales():
 
 def test_more_measurements_for_an_upper_bound():
     # half of the width of the interval takes four times as many
-    assert tool.measurements_needed(0.1, -0.1, 50) == 200
-    assert tool.measurements_needed(-0.1, -0.3, 50) is None
+    assert noise_scales.measurements_needed(0.1, -0.1, 50) == 200
+    assert noise_scales.measurements_needed(-0.1, -0.3, 50) is None
 
 
 # -- statistics
@@ -83,8 +91,10 @@ def covered(make, truth, runs):
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(runs):
-        low, high = tool.interval(
-            tool.noise_scale(tool.draw_means(make(rng), draws=1000), BATCH)
+        low, high = batch_means.interval(
+            noise_scales.noise_scale(
+                batch_means.draw_means(make(rng), draws=1000), BATCH
+            )
         )
         hits += low[0] <= truth <= high[0]
     return hits / runs
@@ -111,7 +121,7 @@ def test_interval_allows_for_correlation():
 
 def test_draws_keep_the_correlation_between_modules():
     one = np.random.default_rng(0).standard_normal((200, 1))
-    draws = tool.draw_means(np.concatenate([one, one, -one], 1))
+    draws = batch_means.draw_means(np.concatenate([one, one, -one], 1))
     assert draws[:, 0] == pytest.approx(draws[:, 1])
     assert draws[:, 0] == pytest.approx(-draws[:, 2])
 
@@ -119,10 +129,10 @@ def test_draws_keep_the_correlation_between_modules():
 def test_drift_is_seen_and_independence_is_none():
     rng = np.random.default_rng(0)
     values = rng.standard_normal((200, 300))
-    assert (tool.drift(values) > tool.DRIFT).mean() <= 0.02
+    assert (batch_means.drift(values) > batch_means.DRIFT).mean() <= 0.02
     trend = values + np.linspace(0, 2, 200)[:, None]
-    assert (tool.drift(trend) > tool.DRIFT).mean() > 0.5
-    assert tool.drift(np.ones((20, 1))) == 0
+    assert (batch_means.drift(trend) > batch_means.DRIFT).mean() > 0.5
+    assert batch_means.drift(np.ones((20, 1))) == 0
 
 
 # -- the command

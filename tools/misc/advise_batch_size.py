@@ -5,16 +5,6 @@ gradient noise scale of McCandlish et al., "An Empirical Model of Large-Batch
 Training", 2018), what the whole model bears, and which multipliers AGVM would
 give at other batches; all with 95 % intervals, or with the statement that the
 run is too short to say.
-
-========  =====================================================================
-symbol    meaning
-========  =====================================================================
-B         batch size of the run, in images
-phi       measured variance, 1 - |G|^2 / (|G|^2 + 2 tr(Sigma) / B) if the
-          average of many is meant; Sigma is of one image's gradient
-c         1 - phi, the cosine between the two halves of the batch
-rho       tr(Sigma) / |G|^2 = B / 2 * (1 - c) / c, the noise scale in images
-========  =====================================================================
 """
 
 import argparse
@@ -25,6 +15,21 @@ from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
+from batch_means import (
+    BLOCKS,
+    DRIFT,
+    LEAST_PER_BLOCK,
+    block_means,
+    draw_means,
+    drift,
+    interval,
+)
+from noise_scales import (
+    lr_scale_at,
+    measurements_needed,
+    noise_scale,
+    variance_at,
+)
 
 TOOLS = Path(__file__).resolve().parent.parent
 sys.path += [str(TOOLS / 'analysis_tools'), str(TOOLS / 'benchmarks')]
@@ -32,15 +37,6 @@ sys.path += [str(TOOLS / 'analysis_tools'), str(TOOLS / 'benchmarks')]
 from markdown_report import table  # noqa: E402
 from run_log import Run, load_run, require_agvm  # noqa: E402
 
-#: Consecutive measurements are averaged in so many blocks, whose spread gives
-#: the intervals: far fewer than measurements, as these are correlated.
-BLOCKS = 10
-#: Fewer in a block would leave the blocks correlated, too.
-LEAST_PER_BLOCK = 4
-#: Correlation of neighbouring blocks from which on the noise scale is taken to
-#: change; of 10 independent ones it is larger once in a hundred times.
-DRIFT = 0.5
-DRAWS = 20_000
 #: An interval as wide as this, upper over lower end, is no advice.
 TOO_WIDE = 4.0
 
@@ -48,6 +44,8 @@ TOO_WIDE = 4.0
 @dataclass
 class Measured:
     """What a run measured, in the part of it that is used.
+
+    Symbols are those of noise_scales.py.
 
     Args:
         batch_size: B.
@@ -67,119 +65,6 @@ class Measured:
     lr_scale: np.ndarray
     logged: np.ndarray
     total: int
-
-
-# -- statistics
-
-
-def draw_means(
-    values: np.ndarray, blocks: int = BLOCKS, draws: int = DRAWS, seed: int = 0
-) -> np.ndarray:
-    """Plausible means of correlated series, by the method of batch means.
-
-    The averages of blocks of consecutive values are nearly independent and
-    normal, so their mean, over its standard error, has Student's distribution
-    with ``blocks - 1`` degrees of freedom. Draws of it keep the correlation
-    between series, so that functions of several means can be judged.
-
-    Args:
-        values: (n, h), h series; of n values the first n % blocks are left
-            out.
-        blocks: How many, 2 or more.
-        draws: How many.
-        seed: Of the random numbers.
-
-    Returns:
-        (draws, h).
-    """
-    averages = block_means(values, blocks)
-    mean = averages.mean(0)
-    deviations = averages - mean
-    rng = np.random.default_rng(seed)
-    weights = rng.standard_normal((draws, blocks))
-    # weights @ deviations has blocks - 1 times the covariance of a block
-    normal = weights @ deviations / np.sqrt(blocks * (blocks - 1))
-    chi = np.sqrt(rng.chisquare(blocks - 1, (draws, 1)) / (blocks - 1))
-    return np.asarray(mean + normal / chi)
-
-
-def block_means(values: np.ndarray, blocks: int) -> np.ndarray:
-    """(blocks, h) averages of consecutive values."""
-    rest = len(values) % blocks
-    parts = np.reshape(values[rest:], (blocks, -1, values.shape[1]))
-    return np.asarray(parts.mean(1))
-
-
-def drift(values: np.ndarray, blocks: int = BLOCKS) -> np.ndarray:
-    """(h,) correlation between neighbouring blocks of a series."""
-    deviations = block_means(values, blocks)
-    deviations = deviations - deviations.mean(0)
-    total = (deviations**2).sum(0)
-    product = (deviations[1:] * deviations[:-1]).sum(0)
-    return np.divide(
-        product, total, out=np.zeros_like(product), where=total > 0
-    )
-
-
-def interval(draws: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """95 % of the draws, along the first axis."""
-    # no interpolation: next to an infinite one it would be NaN
-    low, high = np.quantile(draws, [0.025, 0.975], axis=0, method='nearest')
-    return low, high
-
-
-# -- what follows from a cosine
-
-
-def noise_scale(cosine: np.ndarray, batch_size: int) -> np.ndarray:
-    """rho in images; infinite where no signal shows (c <= 0)."""
-    cosine = np.clip(cosine, 0, 1)
-    with np.errstate(divide='ignore'):
-        return np.asarray(batch_size / 2 * (1 - cosine) / cosine)
-
-
-def variance_at(
-    cosine: np.ndarray, batch_size: int, new_batch_size: int
-) -> np.ndarray:
-    """phi that is expected at another batch: 2 rho / (B' + 2 rho).
-
-    A cosine below 0 counts as 0: no signal.
-    """
-    cosine = np.clip(cosine, 0, 1)
-    noise = batch_size * (1 - cosine)
-    return np.asarray(noise / (new_batch_size * cosine + noise))
-
-
-def lr_scale_at(
-    cosine: np.ndarray,
-    batch_size: int,
-    new_batch_size: int,
-    anchor: int,
-    eps: float,
-    ratio_range: Tuple[float, float],
-) -> np.ndarray:
-    """mu that is expected at another batch (Eq. 41), (..., h).
-
-    Args:
-        cosine: (..., h), c at ``batch_size``.
-        batch_size: B.
-        new_batch_size: Where mu is wanted.
-        anchor: Index of the module that the others follow.
-        eps: As AGVM's.
-        ratio_range: As AGVM's.
-    """
-    phi = variance_at(cosine, batch_size, new_batch_size) + eps
-    ratio = np.sqrt(phi[..., anchor, None] / phi)
-    return np.asarray(np.clip(ratio, *ratio_range))
-
-
-def measurements_needed(
-    cosine: float, low: float, count: int
-) -> Optional[int]:
-    """How many would bring the interval of a positive cosine above 0."""
-    if cosine <= 0:
-        return None
-    return int(np.ceil(count * ((cosine - low) / cosine) ** 2))
 
 
 # -- reading the run
