@@ -8,10 +8,10 @@ data = dict(
     test=dict(images=200),
 )
 pretraining = dict(images=15000)
-training = dict(epochs=6, decay_epochs=(4, 5), warmup_epochs=1)
+training = dict(epochs=8, decay_epochs=(5, 7), warmup_epochs=1)
 grid_moves = 0
 grid_refinement = ()
-methods = dict(sgd=dict(rates=[0.04]), agvm_sgd=dict(rates=[0.04]))
+methods = dict(sgd=dict(rates=[0.08]), agvm_sgd=dict(rates=[0.08]))
 stages = [
     dict(
         name='smoke',
