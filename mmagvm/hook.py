@@ -7,6 +7,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import _ParamScheduler
+from mmengine.optim.scheduler.param_scheduler import INF
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.visualization import TensorboardVisBackend, Visualizer
@@ -277,6 +278,7 @@ def warmup_updates(
         for scheduler in schedulers
         if scheduler.param_name == 'lr'
         and scheduler.begin == 0
+        and scheduler.end < INF
         and (
             # of LinearLR and ExponentialWarmupLR, and of ConstantLR
             getattr(scheduler, 'start_factor', 1)

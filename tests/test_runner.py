@@ -91,12 +91,19 @@ def test_measuring_from_within_warmup_is_told(tmp_path, warmup, updates):
         dict(type='LinearLR', start_factor=1, end_factor=0.1, end=2),
         dict(type='LinearLR', start_factor=0.1, begin=1, end=2),
         dict(type='LinearMomentum', start_factor=0.1, end=2),
+        dict(type='ConstantLR', factor=0.1),  # for good
     ],
 )
 def test_what_is_no_warmup_is_not_told(tmp_path, scheduler):
     cfg = toy_cfg(tmp_path / 'run', max_epochs=1)
     cfg.param_scheduler = [scheduler]
     cfg.optim_wrapper.begin = 0
+    assert 'warm-up' not in log_of(run(cfg))
+
+
+def test_measuring_alone_may_begin_within_warmup(tmp_path):
+    cfg = toy_cfg(tmp_path / 'run', max_epochs=1, modulate=False)
+    cfg.param_scheduler = [dict(type='LinearLR', start_factor=0.1, end=1)]
     assert 'warm-up' not in log_of(run(cfg))
 
 

@@ -1,5 +1,5 @@
 # The smallest slice that means something: two batch sizes, two methods, one
-# rate and one seed each, a quarter of the images shown. For smoke.sh.
+# rate and one seed each, a third of the images shown. For smoke.sh.
 _base_ = './study.py'
 data = dict(
     root='data/study_smoke/',
