@@ -7,7 +7,6 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import _ParamScheduler
-from mmengine.optim.scheduler.param_scheduler import INF
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.visualization import TensorboardVisBackend, Visualizer
@@ -83,7 +82,9 @@ class AGVMHook(Hook):
             len(runner.train_dataloader),
             wrapper.accumulative_counts,
         )
-        if wrapper.modulate and wrapper.begin < warmup:
+        updates = runner.max_iters // wrapper.accumulative_counts
+        # what lasts as long as the run is its learning rate, no warm-up
+        if wrapper.modulate and wrapper.begin < warmup < updates:
             runner.logger.warning(
                 f'AGVM: begin={wrapper.begin} measures from within warm-up, '
                 f'which lasts {warmup} updates: in the first ones all samples '
@@ -278,7 +279,6 @@ def warmup_updates(
         for scheduler in schedulers
         if scheduler.param_name == 'lr'
         and scheduler.begin == 0
-        and scheduler.end < INF
         and (
             # of LinearLR and ExponentialWarmupLR, and of ConstantLR
             getattr(scheduler, 'start_factor', 1)

@@ -76,7 +76,7 @@ def test_start_is_described(tmp_path):
 def test_measuring_from_within_warmup_is_told(tmp_path, warmup, updates):
     told = f'which lasts {updates} updates'
     for begin in (updates - 1, updates):
-        cfg = toy_cfg(tmp_path / str(begin), max_epochs=1)
+        cfg = toy_cfg(tmp_path / str(begin), max_epochs=3)
         cfg.param_scheduler = [warmup]
         cfg.optim_wrapper.begin = begin
         log = log_of(run(cfg))
@@ -91,7 +91,7 @@ def test_measuring_from_within_warmup_is_told(tmp_path, warmup, updates):
         dict(type='LinearLR', start_factor=1, end_factor=0.1, end=2),
         dict(type='LinearLR', start_factor=0.1, begin=1, end=2),
         dict(type='LinearMomentum', start_factor=0.1, end=2),
-        dict(type='ConstantLR', factor=0.1),  # for good
+        dict(type='ConstantLR', factor=0.1),  # as long as the run
     ],
 )
 def test_what_is_no_warmup_is_not_told(tmp_path, scheduler):
