@@ -32,7 +32,7 @@ from plan import (
 from run_config import make_config
 from study_results import mean_and_spread, middle, on_test_images
 from study_tables import variance_table, variants_table
-from train_run import clipped_share
+from train_run import RESULTS, clipped_share, code_version
 
 STUDY = ROOT / 'tools/study/study.py'
 TINY = f"""
@@ -438,6 +438,37 @@ def test_clipped_updates_are_counted():
     for norm in (1.0, 2.5, 1.5, 2.0):
         hub.update_scalar('train/grad_norm', norm)
     assert clipped_share(runner) == 0.25
+
+
+@pytest.mark.parametrize(
+    'changed, dirty', [(RESULTS, ''), ('README.md', '-dirty')]
+)
+def test_code_with_new_results_is_still_the_same(
+    changed, dirty, tmp_path, monkeypatch
+):
+    (tmp_path / changed).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / changed).touch()
+    author = ('-c', 'user.name=a', '-c', 'user.email=a@b.c')
+    for command in (
+        ['init', '--quiet'],
+        ['add', '.'],
+        [*author, 'commit', '--quiet', '-m', 'All'],
+    ):
+        subprocess.run(['git', *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr('train_run.ROOT', tmp_path)
+    monkeypatch.setattr('train_run.full_version', lambda: '0+g1-dirty')
+    (tmp_path / changed).write_text('more')
+    assert code_version() == f'0+g1{dirty}'
+
+
+@pytest.mark.parametrize('variant, every', [('', 2), ('tau_4', 8)])
+def test_each_measurement_is_in_the_log(variant, every, tmp_path):
+    run = Run(Cell('faster_rcnn', 'agvm_sgd', 32, variant), 0.1, 0)
+    study = Config.fromfile(STUDY)
+    study.training.measurements = 10**4  # tau is 1, but in the variant
+    cfg = make_config(study, run, tmp_path)
+    assert cfg.default_hooks.logger.interval == every
+    assert cfg.log_processor.window_size == every
 
 
 def test_nothing_to_summarize_is_told(tmp_path):

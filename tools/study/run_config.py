@@ -33,6 +33,7 @@ def make_config(study: Mapping[str, Any], run: Run, work_dir: Path) -> Config:
     cfg.randomness = dict(seed=run.seed)
     cfg.log_level = 'WARNING'
     cfg.merge_from_dict(variant(study, run))
+    set_log(cfg)
     return cfg
 
 
@@ -151,14 +152,13 @@ def set_training(cfg: Config, study: Mapping[str, Any], run: Run) -> None:
     method = study['methods'][run.cell.method]
     epoch = epoch_iterations(study)
     count = micro_batches(study, run)
-    tau = interval(study, run)
     warmup = training['warmup_epochs'] * epoch
     cfg.optim_wrapper = dict(
         type='AGVMOptimWrapper',
         constructor='AGVMOptimWrapperConstructor',
         optimizer=dict(method['optimizer'], lr=run.lr),
         accumulative_counts=count,
-        interval=tau,
+        interval=interval(study, run),
         ema_decay=training['ema_decay'],
         estimator=training['estimator'],
         begin=warmup // count,
@@ -187,17 +187,21 @@ def set_training(cfg: Config, study: Mapping[str, Any], run: Run) -> None:
         max_epochs=training['epochs'],
         val_interval=training['epochs'],
     )
-    cfg.default_hooks = dict(
-        # each measurement is in the log
-        logger=dict(type='LoggerHook', interval=tau * count),
-        checkpoint=None,
-    )
     cfg.custom_hooks = [
         dict(type='AGVMHook'),
         dict(type='mmdet.CheckInvalidLossHook', interval=1),
     ]
-    cfg.log_processor = dict(window_size=tau * count, by_epoch=True)
+    cfg.pop('auto_scale_lr', None)
+
+
+def set_log(cfg: Config) -> None:
+    """A line for each measurement."""
+    wrapper = cfg.optim_wrapper
+    iterations = wrapper.interval * wrapper.accumulative_counts
+    cfg.default_hooks = dict(
+        logger=dict(type='LoggerHook', interval=iterations), checkpoint=None
+    )
+    cfg.log_processor = dict(window_size=iterations, by_epoch=True)
     cfg.visualizer = dict(
         type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]
     )
-    cfg.pop('auto_scale_lr', None)

@@ -4,6 +4,7 @@ import argparse
 import gc
 import json
 import math
+import subprocess
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
@@ -20,6 +21,9 @@ from run_summary import measurements, update_time
 
 from mmagvm.version import full_version
 
+ROOT = Path(__file__).resolve().parents[2]
+#: Tracked, and appended to while runs go on.
+RESULTS = 'tools/study/results.jsonl'
 #: Means that a series is reduced to, to keep the results small.
 BINS = 32
 
@@ -35,6 +39,7 @@ def train(study: Mapping[str, Any], run: Run, work_dir: Path) -> Dict:
     runner = Runner.from_cfg(make_config(study, run, work_dir))
     metric = study['models'][run.cell.model]['metric']
     status = 'ended'
+    commit = code_version()  # of now: it may have changed when training ends
     started = time.perf_counter()
     try:
         runner.train()
@@ -54,11 +59,22 @@ def train(study: Mapping[str, Any], run: Run, work_dir: Path) -> Dict:
         **summary(work_dir, study),
         clipped=clipped_share(runner),
         declaration=fingerprint(study, run.cell),
-        commit=full_version(),
+        commit=commit,
         torch=torch.__version__,
         device=str(next(runner.model.parameters()).device.type),
         date=time.strftime('%Y-%m-%d', time.gmtime()),
     )
+
+
+def code_version() -> str:
+    """mmagvm's version and commit; '-dirty' if more changed than results."""
+    version = full_version()
+    if not version.endswith('-dirty'):
+        return version
+    changed = subprocess.run(
+        ['git', 'diff', '--quiet', 'HEAD', '--', '.', f':!{RESULTS}'], cwd=ROOT
+    )
+    return version if changed.returncode else version[: -len('-dirty')]
 
 
 def validated(runner: Runner, metric: str) -> float:
