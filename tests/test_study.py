@@ -30,8 +30,8 @@ from plan import (
     tuning_rates,
 )
 from run_config import make_config
-from study_results import mean_and_spread, middle, on_test_images
-from study_tables import variance_table, variants_table
+from study_results import mean_and_spread, middle, on_images
+from study_tables import gain_table, variance_table, variants_table
 from train_run import RESULTS, clipped_share, code_version
 
 STUDY = ROOT / 'tools/study/study.py'
@@ -210,7 +210,9 @@ def test_middle_is_between_warm_up_and_decay():
     assert len(inside) > 10
 
 
-@pytest.mark.parametrize('modulate, aligned', [(False, '4.0'), (True, '1.0')])
+@pytest.mark.parametrize(
+    'modulate, aligned', [(False, '4.0 (1.0)'), (True, '1.0')]
+)
 def test_variances_are_those_of_the_tuned_rate(modulate, aligned):
     declared = study()
     declared['methods']['sgd']['modulate'] = modulate
@@ -222,6 +224,7 @@ def test_variances_are_those_of_the_tuned_rate(modulate, aligned):
             head=[9, 0.5, None, 9],
         )
         result['lr_scale'] = dict(backbone=[1] * 4, head=[2] * 4)
+        result['clipped'] = 0.25
         done[run] = result
     row = variance_table(declared, done, 'm').splitlines()[-1]
     assert [cell.strip() for cell in row.split('|')[4:-1]] == [
@@ -231,16 +234,45 @@ def test_variances_are_those_of_the_tuned_rate(modulate, aligned):
         '0.50',
         '4.0',
         aligned,
+        '25 %',
     ]
 
 
 def test_diverged_runs_are_counted_and_not_averaged():
     ended = dict(status='ended', metrics=dict(test=0.5))
     diverged = dict(status='diverged', metrics=dict(test=0.0))
-    assert (
-        on_test_images([ended, diverged]) == '0.500 (1 seed), 1 of 2 diverged'
-    )
-    assert on_test_images([diverged]) == '1 of 1 diverged'
+    assert on_images([ended, diverged]) == '0.500 (1 seed), 1 of 2 diverged'
+    assert on_images([diverged]) == '1 of 1 diverged'
+
+
+def test_gain_is_that_of_the_same_rates_and_seeds():
+    agvm = Cell('m', 'agvm_sgd', 32)
+    declared = study()
+    declared['methods']['agvm_sgd'] = declared['methods']['sgd']
+    declared['stages'] = [dict(declared['stages'][0], methods=['agvm_sgd'])]
+    tests = {
+        CELL: {(1.0, 0): 0.5, (2.0, 0): 0.3, (2.0, 1): 0.3, (4.0, 1): 0.9},
+        agvm: {(1.0, 0): 0.9, (2.0, 0): 0.4, (2.0, 1): 0.5, (4.0, 1): 0.8},
+    }
+    done = {
+        Run(cell, rate, seed): dict(
+            status='ended', metrics=dict(test=test), loss=[9.0, 1.0 - test]
+        )
+        for cell, by_run in tests.items()
+        for (rate, seed), test in by_run.items()
+    }
+    row = gain_table(declared, done).splitlines()[-1]
+    # 0.1 and 0.2: t of one degree of freedom is 12.71
+    assert [cell.strip() for cell in row.split('|')[3:-1]] == [
+        '32',
+        '2',
+        '2',
+        '+0.150 ± 0.635',
+        '-0.150 ± 0.635',
+    ]
+    done[Run(agvm, 2.0, 1)]['status'] = 'diverged'
+    row = gain_table(declared, done).splitlines()[-1]
+    assert '| 1, 2, 4 |' not in row and '(1 seed)' in row
 
 
 def test_variants_are_compared_on_the_same_seeds():

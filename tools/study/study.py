@@ -371,17 +371,17 @@ stages = [
         seeds=[0, 1, 2],
     ),
     dict(
-        name='pipelines of one stage',
-        models=['retinanet', 'sem_fpn'],
-        methods=both,
-        batch_sizes=[256, 32],
-        seeds=[0, 1, 2],
-    ),
-    dict(
         name='SGD and AGVM at a batch in between',
         models=['faster_rcnn'],
         methods=both,
         batch_sizes=[128],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='pipelines of one stage',
+        models=['retinanet', 'sem_fpn'],
+        methods=both,
+        batch_sizes=[256, 32],
         seeds=[0, 1, 2],
     ),
     # those that came next

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Mapping, Sequence
 import numpy as np
 from figures import COLOURS, DASHES, PAGE, TEXT, plt
 from plan import Cell, Done, best_rate
-from study_results import cells_of, on_test_images, series
+from study_results import cells_of, on_images, series
 
 #: What is shown.
 SHOWN = 'faster_rcnn'
@@ -33,7 +33,7 @@ def draw_variance(study: Mapping[str, Any], done: Done, file: Path) -> None:
                 for run, result in done.items()
                 if run.cell == Cell(SHOWN, method, size) and run.lr == rate
             ]
-            metric = on_test_images(results)
+            metric = on_images(results)
             results = [r for r in results if r['status'] == 'ended']
             modulated = study['methods'][method]['modulate']
             shown = 'rate not known' if rate is None else f'lr {rate:g}'
@@ -112,7 +112,7 @@ def draw_rates(study: Mapping[str, Any], done: Done, file: Path) -> None:
             axis.set_xticks(ticks, [f'{rate:.2g}' for rate in ticks])
             axis.minorticks_off()
             axis.tick_params(axis='x', rotation=60)
-        axes[0][0].set_ylabel('test box AP, 0: diverged')
+        axes[0][0].set_ylabel('test box AP')
         axes[0][0].set_ylim(bottom=0)
         save(figure, axes[0], file)
 

@@ -1,10 +1,12 @@
 """Results of a study's cells: which are compared, means and spreads."""
 
 import math
-from typing import Any, Dict, List, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 from plan import Cell, Done, Result, best_rate, plan
+from scipy import stats
 
 NOT_RUN = 'not run'
 
@@ -12,6 +14,38 @@ NOT_RUN = 'not run'
 def cells_of(study: Mapping[str, Any], done: Done) -> List[Cell]:
     """All cells, in the order of the stages."""
     return list(dict.fromkeys(run.cell for run in plan(study, done)))
+
+
+def ended(result: Result) -> bool:
+    """Whether a run did not diverge."""
+    return bool(result['status'] == 'ended')
+
+
+def on_test(result: Result) -> float:
+    """On test images."""
+    return float(result['metrics']['test'])
+
+
+def last_loss(result: Result) -> float:
+    """Of the last part of a training."""
+    return float(result['loss'][-1])
+
+
+def paired(
+    done: Done, cell: Cell, other: Cell
+) -> Dict[int, Dict[float, Tuple[Result, Result]]]:
+    """Results of two cells by seed and then rate.
+
+    Only of rates at which both ended with the most seeds, and those seeds.
+    """
+    found: Dict[float, Dict[int, Tuple[Result, Result]]] = {}
+    for run, result in done.items():
+        same = done.get(replace(run, cell=other))
+        if run.cell == cell and same and ended(result) and ended(same):
+            found.setdefault(run.lr or 0.0, {})[run.seed] = result, same
+    seeds = sorted(max(found.values(), key=len, default={}))
+    rates = sorted(r for r, pairs in found.items() if {*seeds} <= {*pairs})
+    return {seed: {r: found[r][seed] for r in rates} for seed in seeds}
 
 
 def finals(study: Mapping[str, Any], done: Done, cell: Cell) -> List[Result]:
@@ -34,16 +68,25 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f'{np.mean(values):.3f} ± {deviation:.3f} ({len(values)} seeds)'
 
 
-def on_test_images(results: Sequence[Result]) -> str:
-    """The metric on test images, and how many runs diverged."""
-    ended = [r for r in results if r['status'] == 'ended']
-    diverged = len(results) - len(ended)
+def on_images(results: Sequence[Result], split: str = 'test') -> str:
+    """The metric on a split's images, and how many runs diverged."""
+    values = [r['metrics'][split] for r in results if ended(r)]
+    diverged = len(results) - len(values)
     if not diverged:
-        return mean_and_spread([r['metrics']['test'] for r in ended])
-    if not ended:
+        return mean_and_spread(values)
+    if not values:
         return f'{diverged} of {diverged} diverged'
-    text = mean_and_spread([r['metrics']['test'] for r in ended])
+    text = mean_and_spread(values)
     return f'{text}, {diverged} of {len(results)} diverged'
+
+
+def interval95(values: Sequence[float]) -> str:
+    """Mean, and Student's 95 % interval of it where there are several."""
+    if len(values) < 2:
+        return f'{np.mean(values):+.3f} (1 seed)'
+    error = np.std(values, ddof=1) / math.sqrt(len(values))
+    half = stats.t.ppf(0.975, len(values) - 1) * error
+    return f'{np.mean(values):+.3f} ± {half:.3f}'
 
 
 def middle(study: Mapping[str, Any], bins: int) -> slice:

@@ -9,9 +9,14 @@ from plan import Cell, Done, Run, best_rate, cells, tuning_rates
 from study_results import (
     NOT_RUN,
     cells_of,
+    ended,
     finals,
+    interval95,
+    last_loss,
     middle_means,
-    on_test_images,
+    on_images,
+    on_test,
+    paired,
     spread,
 )
 
@@ -36,9 +41,9 @@ def results_table(study: Mapping[str, Any], done: Done, model: str) -> str:
             cell = Cell(model, method, size)
             rate = best_rate(study, cell, done)
             results = finals(study, done, cell)
-            text = on_test_images(results) if cell in found else '-'
+            text = on_images(results) if cell in found else '-'
             row.append(text if rate is None else f'{text}, lr {rate:g}')
-            metrics.append([r['metrics']['test'] for r in results])
+            metrics.append([on_test(r) for r in results if ended(r)])
         lost = (
             f'{np.mean(metrics[-1]) - np.mean(metrics[0]):+.3f}'
             if metrics[0] and metrics[-1]
@@ -91,10 +96,41 @@ def survival_table(study: Mapping[str, Any], done: Done) -> str:
                         str(cell.batch_size),
                         cell.variant or '-',
                         f'{rate:g}',
-                        on_test_images(results),
+                        on_images(results, 'tune'),
+                        on_images(results),
                     ]
                 )
-    return table(['method', 'batch', 'variant', 'lr', 'test'], rows)
+    # a cell may be in several stages
+    rows = [row for i, row in enumerate(rows) if row not in rows[:i]]
+    return table(['method', 'batch', 'variant', 'lr', 'tuning', 'test'], rows)
+
+
+def gain_table(study: Mapping[str, Any], done: Done) -> str:
+    """What AGVM changes, by pairs of runs of the same rate and seed.
+
+    A seed's differences are averaged over rates first, so that the interval
+    is one over seeds.
+    """
+    rows = []
+    for cell in cells_of(study, done):
+        plain = replace(cell, method=cell.method.replace('agvm_', ''))
+        if plain == cell or cell.variant:
+            continue
+        by_seed = paired(done, cell, plain)
+        if not by_seed:
+            continue
+        rates = next(iter(by_seed.values()))
+        row = [cell.model, cell.method, str(cell.batch_size)]
+        row += [', '.join(f'{rate:g}' for rate in rates), str(len(by_seed))]
+        for value in (on_test, last_loss):
+            gains = [
+                np.mean([value(a) - value(b) for a, b in pairs.values()])
+                for pairs in by_seed.values()
+            ]
+            row.append(interval95(gains))
+        rows.append(row)
+    header = ['model', 'method', 'batch', 'lr', 'seeds']
+    return table([*header, 'test metric', 'training loss at the end'], rows)
 
 
 def compared_rates(
@@ -128,16 +164,17 @@ def variance_table(study: Mapping[str, Any], done: Done, model: str) -> str:
             results = [
                 result
                 for run, result in done.items()
-                if run.cell == cell
-                and run.lr == rate
-                and result['status'] == 'ended'
+                if run.cell == cell and run.lr == rate and ended(result)
             ]
             if not results:
                 continue
             phis = middle_means(study, results, modulated=False)
             modules += [name for name in phis if name not in modules]
-            modulated = study['methods'][cell.method]['modulate']
-            aligned = middle_means(study, results, modulated=modulated)
+            aligned = middle_means(study, results, modulated=True)
+            shown = f'{spread(aligned):.1f}'
+            if not study['methods'][cell.method]['modulate']:
+                shown = f'{spread(phis):.1f} ({shown})'
+            clipped = [r['clipped'] for r in results if r.get('clipped')]
             rows.append(
                 [
                     cell.method,
@@ -147,11 +184,12 @@ def variance_table(study: Mapping[str, Any], done: Done, model: str) -> str:
                     str(len(results)),
                     *(f'{phis[m]:.2f}' if m in phis else '-' for m in modules),
                     f'{spread(phis):.1f}',
-                    f'{spread(aligned):.1f}',
+                    shown,
+                    f'{100 * np.mean(clipped):.0f} %' if clipped else '-',
                 ]
             )
     header = ['method', 'batch', 'variant', 'lr', 'seeds', *modules]
-    return table([*header, 'spread of φ', 'spread of μ²φ'], rows)
+    return table([*header, 'spread of φ', 'spread of μ²φ', 'clipped'], rows)
 
 
 def variants_table(study: Mapping[str, Any], done: Done) -> str:
@@ -173,8 +211,8 @@ def variants_table(study: Mapping[str, Any], done: Done) -> str:
                 [
                     *name,
                     f'{rate:g}',
-                    on_test_images([done[run] for run in runs]),
-                    on_test_images([done[r] for r in same if r in done]),
+                    on_images([done[run] for run in runs]),
+                    on_images([done[r] for r in same if r in done]),
                 ]
             )
     return table(
@@ -188,7 +226,7 @@ def cost_table(done: Done) -> str:
     by_kind: Dict[Tuple[str, str, int, int], List[Dict[str, float]]] = {}
     for run, result in done.items():
         cell, time = run.cell, result.get('update_time')
-        if time and result['status'] == 'ended':
+        if time and ended(result):
             key = cell.model, cell.method, cell.batch_size, time['interval']
             by_kind.setdefault(key, []).append(time)
     for (model, method, size, interval), times in sorted(by_kind.items()):

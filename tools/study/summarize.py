@@ -18,6 +18,7 @@ from run_study import read_results  # noqa: E402
 from study_figures import draw_rates, draw_variance  # noqa: E402
 from study_tables import (  # noqa: E402
     cost_table,
+    gain_table,
     results_table,
     survival_table,
     tuning_table,
@@ -51,6 +52,7 @@ def main() -> None:
         fill(args.out, f'tuning {model}', tuning_table(study, done, model))
         fill(args.out, f'variance {model}', variance_table(study, done, model))
     fill(args.out, 'survival', survival_table(study, done))
+    fill(args.out, 'gain', gain_table(study, done))
     fill(args.out, 'variants', variants_table(study, done))
     fill(args.out, 'cost', cost_table(done))
     draw_variance(study, done, args.figure)
