@@ -20,7 +20,7 @@ r2, g2    local, mean   mean |g_r|^2 of the samples' gradients g_r, before they
 ========  ============  =====================================================
 """
 
-from typing import List, Optional, Tuple
+from typing import List, Tuple
 
 import torch
 from torch import Tensor
@@ -135,28 +135,17 @@ def adam_divisor(
     return list(divisor)
 
 
-def clip_divisor(
-    grads: List[Tensor],
-    max_norm: float,
-    norm_type: float,
-    scale: Optional[Tensor],
-) -> Tensor:
-    """What clipping by norm, after a loss scale, divides gradients by.
+def clip_divisor(norm: Tensor, max_norm: float) -> Tensor:
+    """What ``torch.nn.utils.clip_grad_norm_`` divides gradients by.
 
     Args:
-        grads: All gradients, still multiplied by ``scale``.
-        max_norm: As in ``torch.nn.utils.clip_grad_norm_``.
-        norm_type: As there.
-        scale: The loss scale; None for 1.
+        norm: Of all gradients together.
+        max_norm: As there.
 
     Returns:
-        One number, on the gradients' device.
+        One number, 1 or more, on the norm's device.
     """
-    norms = torch.stack(torch._foreach_norm(grads, norm_type))
-    norm = torch.linalg.vector_norm(norms, norm_type)
-    scale = torch.ones_like(norm) if scale is None else scale
-    excess: Tensor = ((norm / scale + 1e-6) / max_norm).clamp(min=1)
-    return scale * excess
+    return ((norm + 1e-6) / max_norm).clamp(min=1)
 
 
 def modulate(

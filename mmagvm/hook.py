@@ -61,6 +61,10 @@ class AGVMHook(Hook):
                 "optim_wrapper.type='AGVMOptimWrapper', in mixed precision "
                 "'AGVMAmpOptimWrapper', or remove AGVMHook"
             )
+        if not wrapper.attached:  # by a FlexibleRunner without accumulation
+            wrapper.initialize_count_status(
+                runner.model, runner.iter, runner.max_iters
+            )
         batch = dict(
             ranks=wrapper.world_size,
             images_per_rank=images_per_rank(runner.train_dataloader),
@@ -72,6 +76,7 @@ class AGVMHook(Hook):
                 f'run has {batch}; lr_scale goes on from where it was'
             )
         wrapper.batch = batch
+        scale_base_lr(wrapper)
         fit_schedulers(wrapper, runner.param_schedulers or [])
         self._attempts = attempts(wrapper)
         chart_modules_together(runner.visualizer, quantities(wrapper))
@@ -80,11 +85,10 @@ class AGVMHook(Hook):
         warmup = warmup_updates(
             runner.param_schedulers or [],
             len(runner.train_dataloader),
+            runner.max_iters,
             wrapper.accumulative_counts,
         )
-        updates = runner.max_iters // wrapper.accumulative_counts
-        # what lasts as long as the run is its learning rate, no warm-up
-        if wrapper.modulate and wrapper.begin < warmup < updates:
+        if wrapper.modulate and wrapper.begin < warmup:
             runner.logger.warning(
                 f'AGVM: begin={wrapper.begin} measures from within warm-up, '
                 f'which lasts {warmup} updates: in the first ones all samples '
@@ -197,18 +201,42 @@ def images_per_rank(dataloader: 'DataLoader[Any]') -> int:
 def fit_schedulers(
     wrapper: AGVMOptimWrapper, schedulers: Sequence[_ParamScheduler]
 ) -> None:
-    """Give schedulers the base value of each group that there is now.
+    """Give schedulers the values of each group that there is now.
 
     A checkpoint whose optimizer was grouped otherwise leaves them with one
-    for each group that there was, and MMEngine's cosine schedulers then
-    forget the groups beyond.
+    for each group that there was, and MMEngine's cosine schedulers and
+    ReduceOnPlateauLR then forget the groups beyond.
     """
+    count = len(wrapper.param_groups)
     for scheduler in schedulers:
         initial = f'initial_{scheduler.param_name}'
         scheduler.base_values = [
             group.get(initial, group.get(scheduler.param_name))
             for group in wrapper.param_groups
         ]
+        limits = getattr(scheduler, 'min_values', None)  # ReduceOnPlateauLR's
+        if limits is not None and len(limits) != count:
+            scheduler.min_values = limits[-1:] * count
+
+
+def scale_base_lr(wrapper: AGVMOptimWrapper) -> None:
+    """Scale ``base_lr`` as ``auto_scale_lr`` has scaled every other rate.
+
+    MMEngine leaves out the entry without parameters that it logs it from.
+    """
+    base = wrapper.base_param_settings
+    if base is None:
+        return
+    key = 'initial_lr' if 'initial_lr' in base else 'lr'
+    ratios = [
+        float(group[key]) / lr
+        for group, lr in zip(wrapper.optimizer.param_groups, wrapper.built_lr)
+        if lr
+    ]
+    if not ratios or base[key] != wrapper.optimizer.defaults['lr']:
+        return  # resumed, or given by the schedule
+    for name in {'lr', key}:
+        base[name] *= ratios[0]
 
 
 def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
@@ -262,6 +290,7 @@ def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
 def warmup_updates(
     schedulers: Sequence[_ParamScheduler],
     epoch_length: int,
+    max_iters: int,
     accumulative_counts: int,
 ) -> int:
     """Updates in which the learning rate grows from the start.
@@ -269,25 +298,33 @@ def warmup_updates(
     Args:
         schedulers: Of a run, built.
         epoch_length: Iterations of an epoch.
+        max_iters: Of the run. What grows as long as that is no warm-up.
         accumulative_counts: Iterations of an update.
 
     Returns:
         0 if there is no warm-up.
     """
-    iterations = [
-        scheduler.end * (epoch_length if scheduler.by_epoch else 1)
+    ends = [
+        warmup_end(scheduler) * (epoch_length if scheduler.by_epoch else 1)
         for scheduler in schedulers
-        if scheduler.param_name == 'lr'
-        and scheduler.begin == 0
-        and (
-            # of LinearLR and ExponentialWarmupLR, and of ConstantLR
-            getattr(scheduler, 'start_factor', 1)
-            < getattr(scheduler, 'end_factor', 1)
-            or getattr(scheduler, 'factor', 1) < 1
-            or 'Warmup' in type(scheduler).__name__
-        )
+        if scheduler.param_name == 'lr' and scheduler.begin == 0
     ]
-    return math.ceil(max(iterations, default=0) / accumulative_counts)
+    iterations = max((end for end in ends if end < max_iters), default=0)
+    return math.ceil(iterations / accumulative_counts)
+
+
+def warmup_end(scheduler: _ParamScheduler) -> float:
+    """The step at which a scheduler ends to raise the rate; 0 if none."""
+    if (
+        # of LinearLR and ExponentialWarmupLR, and of ConstantLR
+        getattr(scheduler, 'start_factor', 1)
+        < getattr(scheduler, 'end_factor', 1)
+        or getattr(scheduler, 'factor', 1) < 1
+        or 'Warmup' in type(scheduler).__name__
+    ):
+        return float(scheduler.end)
+    phases = getattr(scheduler, '_schedule_phases', None)  # OneCycleLR's
+    return float(phases[0]['end_step']) if phases else 0.0
 
 
 def useless_sync_bn(model: nn.Module) -> List[str]:

@@ -73,6 +73,8 @@ class AGVMOptimWrapper(OptimWrapper):
 
     Attributes:
         modulator (Modulator): phi and mu of every module.
+        built_lr (list): Learning rate of each group as it was built, before
+            any schedule.
         batch (dict): ``ranks``, ``images_per_rank`` and
             ``accumulative_counts`` of the run; set by :class:`AGVMHook`,
             which warns if a resumed checkpoint's differ.
@@ -127,6 +129,7 @@ class AGVMOptimWrapper(OptimWrapper):
         self.modulator = Modulator(
             modules, anchor, ema_decay, eps, (float(low), float(high))
         )
+        self.built_lr = [float(g['lr']) for g in optimizer.param_groups]
         self.batch: Dict[str, int] = {}
         #: Names of all parameters in the order of the model, frozen ones too;
         #: set by the constructor, to read a plain optimizer's checkpoint.
@@ -142,6 +145,11 @@ class AGVMOptimWrapper(OptimWrapper):
     def update(self) -> int:
         """Updates done, which is the index of the coming one."""
         return self._update
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model that is trained has been seen."""
+        return self._grad_variance is not None
 
     @property
     def world_size(self) -> int:
@@ -186,7 +194,7 @@ class AGVMOptimWrapper(OptimWrapper):
         """See the base class; also decides whether to measure this update."""
         grad_variance = self._attach(model)
         if self._starts_update() and self._is_due():
-            grad_variance.start()
+            grad_variance.start(self._loss_scale())
         if grad_variance.measuring and self.should_sync():
             grad_variance.before_last_backward()
         with super().optim_context(model):
@@ -234,7 +242,7 @@ class AGVMOptimWrapper(OptimWrapper):
         """Measure if it is time, then step with ``lr * mu`` (Alg. 1, 2)."""
         grad_variance = self._grad_variance
         if grad_variance is not None and grad_variance.measuring:
-            measurement = grad_variance.measure(self._grad_scale())
+            measurement = grad_variance.measure(self._clip_divisor())
             self.modulator.update(self._update, measurement)
             self._tell_raw()
         with self._scaled_lr() if self.modulate else nullcontext():
@@ -245,25 +253,25 @@ class AGVMOptimWrapper(OptimWrapper):
         """Whether the last :meth:`step` was an update."""
         return True
 
-    def _grad_scale(self) -> Optional[Tensor]:
-        """What gradients must be divided by to be what the optimizer sees.
+    def _clip_divisor(self) -> Optional[Tensor]:
+        """By what clipping will divide gradients, where that counts.
 
-        Adam's second moment knows gradients without loss scale, and clipped.
+        Adam's second moment, of clipped gradients, is compared with this
+        update's.
         """
-        scale = self._loss_scale()
         clip = self.clip_grad_kwargs or {}
-        adaptive = any(
-            has_second_moment(group, self.optimizer.state)
-            for group in self.optimizer.param_groups
-        )
-        if self._grad_variance is None or not (
-            self.estimator == 'split' and adaptive and 'max_norm' in clip
+        if (
+            self._grad_variance is None
+            or self.estimator != 'split'
+            or 'max_norm' not in clip
+            or not any(
+                has_second_moment(group, self.optimizer.state)
+                for group in self.optimizer.param_groups
+            )
         ):
-            return scale
-        grads = list(self._grad_variance.grads().values())
-        return clip_divisor(
-            grads, clip['max_norm'], clip.get('norm_type', 2.0), scale
-        )
+            return None
+        norm = self._grad_variance.grad_norm(float(clip.get('norm_type', 2)))
+        return clip_divisor(norm, float(clip['max_norm']))
 
     def _loss_scale(self) -> Optional[Tensor]:
         """By what a loss scaler has multiplied the gradients."""

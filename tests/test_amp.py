@@ -105,3 +105,30 @@ def test_bfloat16_is_measured_like_float32(estimator):
         phis.append(wrapper.modulator.variance)
     assert phis[0] != phis[1]
     assert phis[0] == pytest.approx(phis[1], abs=0.05)
+
+
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+@pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
+def test_large_loss_scale_is_measured_like_none(estimator, optimizer):
+    """In bfloat16 nothing overflows, and the scale doubles again and again."""
+    wrappers = []
+    for scale in (1.0, 2.0**70):
+        model = make_model().float()
+        wrapper = amp_wrapper(
+            model,
+            optimizer,
+            interval=1,
+            estimator=estimator,
+            clip_grad=dict(max_norm=0.5),
+        )
+        wrapper.loss_scaler = torch.amp.GradScaler('cpu', init_scale=scale)
+        for micro_batch in range(6):
+            with wrapper.optim_context(model):
+                loss = model(make_batch(0, 0, micro_batch).float())
+            wrapper.update_params(loss)
+        wrappers.append(wrapper)
+    plain, scaled = wrappers
+    assert scaled.modulator.skipped == 0
+    assert scaled.modulator.measured == plain.modulator.measured >= 2
+    assert scaled.modulator.variance == plain.modulator.variance
+    assert scaled.noise_scale == plain.noise_scale

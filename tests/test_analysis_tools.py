@@ -183,6 +183,11 @@ def test_derived_quantities(tmp_path):
     lr = figures.module_series(run, 'lr')
     np.testing.assert_allclose(lr['neck'][1], 0.15)
     np.testing.assert_allclose(lr['backbone'][1], 0.1)
+    # of which paramwise_cfg halves the first group's
+    run = load_run(write_run(tmp_path / 'c', lines_to(40, base_lr=0.2)))
+    np.testing.assert_allclose(
+        figures.module_series(run, 'lr')['neck'][1], 0.3
+    )
     config = "optim_wrapper = dict(type='AGVMOptimWrapper', modulate=False)"
     run = load_run(write_run(tmp_path / 'b', lines_to(40), config=config))
     np.testing.assert_allclose(

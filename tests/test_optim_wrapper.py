@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from counters import Profile
 from mmengine.optim import MultiStepLR, OptimWrapper, build_optim_wrapper
 from oracle import Oracle
 from torch import nn
@@ -165,6 +166,81 @@ def test_clipped_training_equals_the_oracle(optimizer, max_norm):
         )
 
 
+@pytest.mark.parametrize('norm_type', ['inf', 1])
+def test_every_norm_that_torch_clips_by_is_measured(norm_type):
+    model = make_model()
+    wrapper = build(
+        model,
+        'AdamW',
+        interval=1,
+        estimator='split',
+        clip_grad=dict(max_norm=1e-3, norm_type=norm_type),
+    )
+    train(model, wrapper, 3, accumulation=2)
+    assert wrapper.modulator.measured == 3
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    divisor = wrapper._clip_divisor()
+    before = wrapper._grad_variance.grad_norm(float(norm_type))
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3, float(norm_type))
+    after = wrapper._grad_variance.grad_norm(float(norm_type))
+    assert (before / after).item() == pytest.approx(divisor.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+@pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
+def test_slices_make_no_difference(estimator, optimizer, monkeypatch):
+    settings = dict(interval=1, estimator=estimator)
+    wrappers = []
+    for size in (1, 100, 2**20):
+        monkeypatch.setattr('mmagvm.grad_variance.base.SLICE', size)
+        model = make_model()
+        wrappers.append(build(model, optimizer, **settings))
+        train(model, wrappers[-1], 3, accumulation=2)
+    for wrapper in wrappers:
+        assert wrapper.modulator.measured >= 2
+        assert wrapper.modulator.lr_scale == pytest.approx(
+            wrappers[0].modulator.lr_scale, rel=1e-12
+        )
+
+
+class Large(nn.Module):
+    """Two modules of eight parameters of 1 MiB each."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(*(self._layer() for _ in range(8)))
+        self.head = nn.Sequential(*(self._layer() for _ in range(8)))
+
+    @staticmethod
+    def _layer():
+        return nn.Linear(512, 512, bias=False)
+
+    def forward(self, x):
+        return self.head(self.backbone(x)).square().mean()
+
+
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+@pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
+def test_measuring_needs_one_copy_of_the_gradients(
+    estimator, optimizer, monkeypatch
+):
+    monkeypatch.setattr('mmagvm.grad_variance.base.SLICE', 2**20)
+    model = Large()
+    wrapper = build(model, optimizer, interval=2, estimator=estimator, begin=2)
+    peaks = []
+    for _ in range(4):
+        with Profile() as seen:
+            for _ in range(2):
+                with wrapper.optim_context(model):
+                    loss = model(torch.randn(2, 512))
+                wrapper.update_params(loss)
+        peaks.append(seen.peak_bytes / 2**20)
+    assert wrapper.modulator.measured == 1
+    assert peaks[1] == pytest.approx(peaks[3], abs=1)
+    assert peaks[2] - peaks[3] < 16 + 5, peaks
+
+
 def test_begin_end_and_interval_count_updates():
     model = make_model()
     wrapper = build(model, begin=3, end=9, interval=2)
@@ -192,6 +268,37 @@ def test_optimizer_without_second_moment_is_measured_raw(log):
     wrapper = build_optim_wrapper(model, cfg)
     train(model, wrapper, 4, accumulation=2)
     assert wrapper.modulator.measured == 4
+    assert len([m for m in log if 'measured on raw gradients' in m]) == 1
+
+
+class Adan(torch.optim.SGD):
+    """Keeps a second moment, of differences of gradients, by a third beta."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group.update(betas=(0.98, 0.92, 0.99), eps=1e-8)
+
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            for param in group['params']:
+                self.state[param]['exp_avg_sq'] = torch.rand_like(param)
+
+
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+def test_second_moment_of_something_else_is_measured_raw(estimator, log):
+    wrappers = []
+    for optimizer in (dict(type=Adan, lr=0.05), dict(type='SGD', lr=0.05)):
+        model = make_model()
+        cfg = wrapper_cfg(
+            accumulative_counts=2, interval=1, estimator=estimator
+        )
+        cfg['optimizer'] = optimizer
+        wrappers.append(build_optim_wrapper(model, cfg))
+        train(model, wrappers[-1], 3, accumulation=2)
+    adan, sgd = wrappers
+    assert adan.modulator.variance == sgd.modulator.variance
     assert len([m for m in log if 'measured on raw gradients' in m]) == 1
 
 

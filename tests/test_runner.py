@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 from toy import MODULES
 from toy_runner import ITERATIONS, toy_cfg
@@ -71,13 +71,24 @@ def test_start_is_described(tmp_path):
         (dict(type='ConstantLR', factor=0.1, end=2), ITERATIONS),
         (dict(type='mmdet.QuadraticWarmupLR', end=6, by_epoch=False), 3),
         (dict(type='ExponentialWarmupLR', end=6, by_epoch=False), 3),
+        (
+            # its last step of 30 % of 40 is number 11
+            dict(
+                type='OneCycleLR', eta_max=0.1, total_steps=40, by_epoch=False
+            ),
+            6,
+        ),
     ],
 )
 def test_measuring_from_within_warmup_is_told(tmp_path, warmup, updates):
     told = f'which lasts {updates} updates'
     for begin in (updates - 1, updates):
         cfg = toy_cfg(tmp_path / str(begin), max_epochs=3)
-        cfg.param_scheduler = [warmup]
+        # with one that ends with the run, which is no warm-up
+        cfg.param_scheduler = [
+            warmup,
+            dict(type='ReduceOnPlateauLR', monitor='loss'),
+        ]
         cfg.optim_wrapper.begin = begin
         log = log_of(run(cfg))
         assert (told in log) == (begin < updates)
@@ -99,6 +110,84 @@ def test_what_is_no_warmup_is_not_told(tmp_path, scheduler):
     cfg.param_scheduler = [scheduler]
     cfg.optim_wrapper.begin = 0
     assert 'warm-up' not in log_of(run(cfg))
+
+
+@pytest.mark.parametrize(
+    'schedulers',
+    [
+        [],
+        [dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=4)],
+        [dict(type='CosineAnnealingLR', by_epoch=False)],
+    ],
+)
+def test_scaled_learning_rate_is_told_and_logged(tmp_path, schedulers):
+    cfg = toy_cfg(tmp_path / 'run', max_epochs=2)
+    cfg.param_scheduler = schedulers
+    # half, for half as many images in a forward pass
+    cfg.auto_scale_lr = dict(enable=True, base_batch_size=8)
+    runner = run(cfg)
+    assert 'AGVM: SGD with learning rate 0.025;' in log_of(runner)
+    lines = train_lines(runner)
+    for line in lines:
+        assert line['base_lr'] == pytest.approx(line['lr'])
+    cfg.work_dir += '_resumed'
+    cfg.experiment_name += '_resumed'
+    cfg.load_from, cfg.resume = f'{tmp_path}/run/epoch_1.pth', True
+    resumed = run(cfg)
+    assert 'AGVM: SGD with learning rate 0.025;' in log_of(resumed)
+    assert [(x['lr'], x['base_lr']) for x in train_lines(resumed)] == [
+        (x['lr'], x['base_lr']) for x in lines[ITERATIONS:]
+    ]
+
+
+def test_one_learning_rate_for_all_stays_as_given(tmp_path):
+    cfg = toy_cfg(tmp_path / 'run', max_epochs=1)
+    cfg.param_scheduler = [
+        dict(type='OneCycleLR', eta_max=0.5, total_steps=8, by_epoch=False)
+    ]
+    for line in train_lines(run(cfg)):
+        assert line['base_lr'] == pytest.approx(line['lr'])
+
+
+def test_plateau_lowers_the_rate_of_every_group_of_a_plain_checkpoint(
+    tmp_path,
+):
+    plain = toy_cfg(tmp_path / 'plain', max_epochs=1)
+    plain.optim_wrapper = dict(
+        type='OptimWrapper',
+        optimizer=plain.optim_wrapper.optimizer,
+        accumulative_counts=2,
+    )
+    plain.custom_hooks = []
+    plain.param_scheduler = [
+        dict(type='ReduceOnPlateauLR', monitor='loss', patience=0, end=99)
+    ]
+    run(plain)
+    cfg = toy_cfg(tmp_path / 'agvm', max_epochs=2)
+    cfg.param_scheduler = plain.param_scheduler
+    cfg.load_from, cfg.resume = f'{tmp_path}/plain/epoch_1.pth', True
+    runner = run(cfg)
+    (scheduler,) = runner.param_schedulers
+    rates = [g['lr'] for g in runner.optim_wrapper.param_groups]
+    for loss in (1.0, 2.0):
+        scheduler.step(dict(loss=loss))
+    assert [g['lr'] for g in runner.optim_wrapper.param_groups] == [
+        pytest.approx(rate / 10) for rate in rates
+    ]
+
+
+def test_flexible_runner_is_told_before_its_first_iteration(tmp_path):
+    cfg = toy_cfg(tmp_path / 'run', accumulative_counts=1)
+    cfg.env_cfg = dict(dist_cfg=dict(backend='gloo'))
+    runner = FlexibleRunner.from_cfg(cfg)
+    with pytest.raises(ValueError, match='accumulative_counts=2 or more'):
+        runner.train()
+    assert 'AGVM: batch size' not in log_of(runner)
+    cfg = toy_cfg(tmp_path / 'two', max_epochs=1)
+    cfg.env_cfg = dict(dist_cfg=dict(backend='gloo'))
+    runner = FlexibleRunner.from_cfg(cfg)
+    runner.train()
+    assert runner.optim_wrapper.modulator.measured == 3
 
 
 def test_measuring_alone_may_begin_within_warmup(tmp_path):

@@ -1,10 +1,23 @@
 """The contract of an estimator, and what all of them share."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+)
 
 import torch
 from torch import Tensor
+
+#: Bytes of gradients that are sent or computed on at once: what is computed
+#: of a module needs copies, which for all of it could exhaust the memory.
+SLICE = 25 * 2**20  # DistributedDataParallel's default
 
 
 class Measurement(NamedTuple):
@@ -42,10 +55,17 @@ class GradVariance(ABC):
         self.optimizer = optimizer
         self.modules = list(modules)
         self.measuring = False
+        self._loss_scale: Optional[Tensor] = None
 
-    def start(self) -> None:
-        """Collect during this update."""
+    def start(self, loss_scale: Optional[Tensor] = None) -> None:
+        """Collect during this update.
+
+        Args:
+            loss_scale: By what a loss scaler multiplies all gradients of this
+                update, one number on their device. None for 1.
+        """
         self.measuring = True
+        self._loss_scale = loss_scale
 
     def before_last_backward(self) -> None:
         """Called before the forward of this update's last micro-batch."""
@@ -58,15 +78,14 @@ class GradVariance(ABC):
         """
 
     @abstractmethod
-    def measure(self, grad_scale: Optional[Tensor] = None) -> Measurement:
+    def measure(self, clip: Optional[Tensor] = None) -> Measurement:
         """The measurement of this update, whose ``param.grad`` is ready.
 
         Takes one device-to-host transfer.
 
         Args:
-            grad_scale: What all gradients must be divided by to be what the
-                optimizer will see: the loss scale, and how much clipping will
-                shorten them. None for 1.
+            clip: By what clipping will divide all gradients, which Adam's
+                second moment knows clipped. None for 1.
         """
 
     def grads(self) -> Dict[Tensor, Tensor]:
@@ -78,8 +97,33 @@ class GradVariance(ABC):
             if p.grad is not None
         }
 
+    def unscaled(
+        self, grads: List[Tensor], clip: Optional[Tensor] = None
+    ) -> List[Tensor]:
+        """Gradients without the loss scale, divided by ``clip``.
+
+        The squares of scaled ones can be too large for float32.
+        """
+        for divisor in (self._loss_scale, clip):
+            if divisor is not None:
+                grads = list(torch._foreach_mul(grads, divisor.reciprocal()))
+        return grads
+
+    def grad_norm(self, norm_type: float) -> Tensor:
+        """The norm of all gradients together, without the loss scale."""
+        grads = self.grads()
+        norms = [
+            norm
+            for params in slices(list(grads))
+            for norm in torch._foreach_norm(
+                self.unscaled([grads[p] for p in params]), norm_type
+            )
+        ]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+        return norm
+
     def sum_by_module(
-        self, measure_group: Callable[[Dict[str, Any]], Optional[Tensor]]
+        self, measure_group: Callable[[Dict[str, Any]], Iterable[Tensor]]
     ) -> Tensor:
         """Sum a quantity of parameter groups over each module's.
 
@@ -87,8 +131,8 @@ class GradVariance(ABC):
         run, whose first buckets differ, rounds the same.
 
         Args:
-            measure_group: Gives a tensor, always of the same shape, or None
-                for a group without gradient.
+            measure_group: Gives tensors to be summed, always of the same
+                shape; none for a group without gradient.
 
         Returns:
             (h, *shape) in float64, on the device of the parameters.
@@ -96,25 +140,45 @@ class GradVariance(ABC):
         Raises:
             RuntimeError: No parameter has a gradient.
         """
-        groups = self.optimizer.param_groups
-        values = [measure_group(group) for group in groups]
-        some = next((value for value in values if value is not None), None)
-        if some is None:
+        sums: Dict[int, Tensor] = {}
+        for group, module in zip(self.optimizer.param_groups, self.modules):
+            for value in measure_group(group):
+                sums[module] = sums.get(module, 0) + value
+        if not sums:
             raise RuntimeError('AGVM: an update without any gradient')
-        sums = [torch.zeros_like(some) for _ in range(max(self.modules) + 1)]
-        for value, module in zip(values, self.modules):
-            if value is not None:
-                sums[module] += value
-        return torch.stack(sums)
+        zero = torch.zeros_like(next(iter(sums.values())))
+        return torch.stack(
+            [sums.get(i, zero) for i in range(max(self.modules) + 1)]
+        )
+
+
+def slices(params: Sequence[Tensor]) -> List[List[Tensor]]:
+    """Cut parameters into runs of one type, of about SLICE bytes each."""
+    cuts: List[List[Tensor]] = []
+    room = 0
+    for param in params:
+        size = param.numel() * param.element_size()
+        room -= size
+        if not cuts or room < 0 or cuts[-1][0].dtype != param.dtype:
+            cuts.append([])
+            room = SLICE - size
+        cuts[-1].append(param)
+    return cuts
+
+
+def slices_with_grad(group: Dict[str, Any]) -> List[List[Tensor]]:
+    """Of a group's parameters, those that have a gradient, in slices."""
+    return slices([p for p in group['params'] if p.grad is not None])
 
 
 def has_second_moment(group: Dict[str, Any], state: Dict[Tensor, Any]) -> bool:
     """Whether the optimizer keeps Adam's second moment for a group.
 
     Told from its state; before the first update, when there is none, from
-    whether it has Adam's coefficients.
+    whether it has Adam's coefficients. (Others, such as Adan's three, are of
+    a second moment of something else.)
     """
-    if not {'betas', 'eps'} <= set(group):
+    if not {'betas', 'eps'} <= set(group) or len(group['betas']) != 2:
         return False
     if not any(state.values()):
         return True

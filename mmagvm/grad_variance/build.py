@@ -84,12 +84,10 @@ def _refuse_shards(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             'with MMDistributedDataParallel'
         )
     optimizers = {cls.__name__ for cls in type(optimizer).__mro__}
-    if 'ZeroRedundancyOptimizer' in optimizers and any(
-        'betas' in group for group in groups
-    ):
+    if 'ZeroRedundancyOptimizer' in optimizers:
         raise ValueError(
-            'AGVM needs the second moment of every parameter on every rank, '
-            'which ZeroRedundancyOptimizer has spread: set '
-            "optimizer.type='AdamW' itself, or ZeroRedundancyOptimizer with "
-            "optimizer_type='SGD'"
+            'AGVM does not support ZeroRedundancyOptimizer: the state is '
+            'spread over the ranks, and MMEngine hangs when it saves it, as '
+            'it gathers it on one rank only: set optimizer.type in '
+            "optim_wrapper to the optimizer itself, such as 'AdamW'"
         )

@@ -6,14 +6,20 @@ known afterwards: nothing but r2 of every module has to be sent.
 """
 
 from abc import abstractmethod
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..functional import pairs_noise, pairs_variance, squared_norms
-from .base import GradVariance, Measurement, exp_avg_sq, has_second_moment
+from .base import (
+    GradVariance,
+    Measurement,
+    exp_avg_sq,
+    has_second_moment,
+    slices_with_grad,
+)
 from .ranks import RankVariance
 
 
@@ -28,26 +34,23 @@ class Pairs(GradVariance):
     #: W, how many samples are compared.
     samples: int
 
-    def start(self) -> None:
+    def start(self, loss_scale: Optional[Tensor] = None) -> None:
         groups, state = self.optimizer.param_groups, self.optimizer.state
         if any(state.values()) or not any(
             has_second_moment(group, state) for group in groups
         ):
-            super().start()
+            super().start(loss_scale)
 
     @abstractmethod
     def local_squares(self) -> Tensor:
         """(h,) r2 of every module."""
 
-    def measure(self, grad_scale: Optional[Tensor] = None) -> Measurement:
-        # a scale cancels in phi: the divisor knows no gradient of this update
+    def measure(self, clip: Optional[Tensor] = None) -> Measurement:
+        # clipping cancels in phi: the divisor knows no gradient of this update
         self.measuring = False
         squares = torch.stack(
-            [self.local_squares(), self.sum_by_module(self._mean_square)], 1
-        )
-        if grad_scale is not None:
-            squares = squares / grad_scale.double().square()
-        squares = squares.cpu()
+            [self.local_squares(), self.sum_by_module(self._mean_squares)], 1
+        ).cpu()
         local, mean = squares.unbind(1)
         signal, noise = pairs_noise(local, mean, self.samples)
         return Measurement(
@@ -57,11 +60,10 @@ class Pairs(GradVariance):
             noise,
         )
 
-    def _mean_square(self, group: Dict[str, Any]) -> Optional[Tensor]:
-        grads = {p: p.grad for p in group['params'] if p.grad is not None}
-        if not grads:
-            return None
-        return self.squares(group, list(grads), list(grads.values())).sum()
+    def _mean_squares(self, group: Dict[str, Any]) -> Iterator[Tensor]:
+        for params in slices_with_grad(group):
+            grads = [p.grad for p in params if p.grad is not None]
+            yield self.squares(group, params, grads).sum()
 
     def squares(
         self,
@@ -71,6 +73,7 @@ class Pairs(GradVariance):
     ) -> Tensor:
         """Squared norms of gradients of one group's parameters, (n,)."""
         state = self.optimizer.state
+        grads = self.unscaled(grads)
         if has_second_moment(group, state):
             moments = [exp_avg_sq(state, param) for param in params]
             divisor = list(torch._foreach_sqrt(moments))
@@ -103,13 +106,13 @@ class PairsRanks(Pairs, RankVariance):
         self._remove_hooks()
         squares, self._squares = self._squares, {}
 
-        def square_of(group: Dict[str, Any]) -> Optional[Tensor]:
+        def square_of(group: Dict[str, Any]) -> List[Tensor]:
             parts = [squares[p] for p in group['params'] if p in squares]
             if parts:
-                return torch.stack(parts).sum()
+                return [torch.stack(parts).sum()]
             # not used by this rank, but maybe by others
             first: Tensor = group['params'][0]
-            return torch.zeros((), dtype=torch.float64, device=first.device)
+            return [first.new_zeros((), dtype=torch.float64)]
 
         local = self.sum_by_module(square_of) / self.world_size
         dist.all_reduce(local, group=self.group)
@@ -139,29 +142,31 @@ class PairsMicroBatches(Pairs):
         self._accumulated: Dict[Tensor, Tensor] = {}
         self._local: List[Tensor] = []
 
-    def start(self) -> None:
-        super().start()
+    def start(self, loss_scale: Optional[Tensor] = None) -> None:
+        super().start(loss_scale)
         self._accumulated, self._local = {}, []
 
     def after_backward(self, micro_batch: int) -> None:
         if not self.measuring:
             return
-        before = self._accumulated
-
-        def square_of(group: Dict[str, Any]) -> Optional[Tensor]:
-            grads = {p: p.grad for p in group['params'] if p.grad is not None}
-            if not grads:
-                return None
-            parts = torch._foreach_sub(
-                list(grads.values()),
-                [before.get(p, torch.zeros_like(p)) for p in grads],
+        self._local.append(self.sum_by_module(self._new_squares))
+        self._accumulated.clear()  # before more is taken
+        if micro_batch < self.samples:
+            self._accumulated.update(
+                (param, grad.clone()) for param, grad in self.grads().items()
             )
-            return self.squares(group, list(grads), list(parts)).sum()
 
-        self._local.append(self.sum_by_module(square_of))
-        self._accumulated = {p: g.clone() for p, g in self.grads().items()}
+    def _new_squares(self, group: Dict[str, Any]) -> Iterator[Tensor]:
+        before = self._accumulated
+        for params in slices_with_grad(group):
+            grads = [p.grad for p in params if p.grad is not None]
+            old = [
+                before[p] if p in before else torch.zeros_like(p)
+                for p in params
+            ]
+            new = list(torch._foreach_sub(grads, old))
+            yield self.squares(group, params, new).sum()
 
     def local_squares(self) -> Tensor:
-        self._accumulated = {}
         # the loss of each was divided by K, so its gradient was too
         return torch.stack(self._local).sum(0) * self.samples

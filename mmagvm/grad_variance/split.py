@@ -5,14 +5,21 @@ anyway, in ``param.grad``; D = G1 - G2 is what each source here provides.
 """
 
 from abc import abstractmethod
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..functional import adam_divisor, half_batch_norms, split_variance
-from .base import GradVariance, Measurement, exp_avg_sq, has_second_moment
+from .base import (
+    GradVariance,
+    Measurement,
+    exp_avg_sq,
+    has_second_moment,
+    slices,
+    slices_with_grad,
+)
 from .ranks import RankVariance
 
 
@@ -23,34 +30,27 @@ class Split(GradVariance):
     def signed(self) -> Dict[Tensor, Tensor]:
         """D of every parameter that has it, in the scale of its ``grad``."""
 
-    def measure(self, grad_scale: Optional[Tensor] = None) -> Measurement:
+    def measure(self, clip: Optional[Tensor] = None) -> Measurement:
         self.measuring = False
         signed, state = self.signed(), self.optimizer.state
 
-        def norms_of(group: Dict[str, Any]) -> Optional[Tensor]:
-            params = [
-                p
-                for p in group['params']
-                if p in signed and p.grad is not None
-            ]
-            if not params:
-                return None
-            totals = [p.grad for p in params]
-            signs = [signed[p] for p in params]
-            if has_second_moment(group, state):
-                if grad_scale is not None:  # v knows unscaled gradients
-                    inverse = grad_scale.reciprocal()
-                    totals = list(torch._foreach_mul(totals, inverse))
-                    signs = list(torch._foreach_mul(signs, inverse))
-                divisor = adam_divisor(
-                    totals,
-                    [exp_avg_sq(state, p) for p in params],
-                    float(group['betas'][1]),
-                    float(group['eps']),
+        def norms_of(group: Dict[str, Any]) -> Iterator[Tensor]:
+            for params in slices_with_grad(group):
+                totals = [p.grad for p in params if p.grad is not None]
+                signs = [signed[p] for p in params]
+                totals, signs = (
+                    self.unscaled(part, clip) for part in (totals, signs)
                 )
-                totals = list(torch._foreach_div(totals, divisor))
-                signs = list(torch._foreach_div(signs, divisor))
-            return half_batch_norms(totals, signs)
+                if has_second_moment(group, state):
+                    divisor = adam_divisor(
+                        totals,
+                        [exp_avg_sq(state, p) for p in params],
+                        float(group['betas'][1]),
+                        float(group['eps']),
+                    )
+                    totals = list(torch._foreach_div(totals, divisor))
+                    signs = list(torch._foreach_div(signs, divisor))
+                yield half_batch_norms(totals, signs)
 
         norms = self.sum_by_module(norms_of).cpu()
         return Measurement(split_variance(norms), bool(norms.isfinite().all()))
@@ -64,9 +64,6 @@ class SplitRanks(Split, RankVariance):
     order of DistributedDataParallel's messages, in its communication hook,
     which costs every other update a pass over the gradients.)
     """
-
-    #: Bytes sent at once, as DistributedDataParallel does by default.
-    CHUNK = 25 * 2**20
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -83,8 +80,7 @@ class SplitRanks(Split, RankVariance):
                 for group in self.optimizer.param_groups
                 for param in group['params']
                 if param.requires_grad
-            ],
-            self.CHUNK,
+            ]
         )
         super().before_last_backward()
 
@@ -105,27 +101,17 @@ class SplitRanks(Split, RankVariance):
 
 
 def _chunks_like(
-    params: Sequence[Tensor], size: int
+    params: Sequence[Tensor],
 ) -> Tuple[List[Tensor], Dict[Tensor, Tensor]]:
-    """Zeros for each parameter, in few flat tensors of about ``size`` bytes.
+    """Zeros for each parameter, in few flat tensors.
 
     Returns:
         The flat tensors, and for each parameter its part of one, in its shape.
     """
-    cuts: List[List[Tensor]] = []
-    room = 0
-    for param in params:
-        room -= param.numel() * param.element_size()
-        if not cuts or room < 0 or cuts[-1][0].dtype != param.dtype:
-            cuts.append([])
-            room = size - param.numel() * param.element_size()
-        cuts[-1].append(param)
     chunks, views = [], {}
-    for cut in cuts:
+    for cut in slices(params):
         sizes = [param.numel() for param in cut]
-        chunk = torch.zeros(
-            sum(sizes), dtype=cut[0].dtype, device=cut[0].device
-        )
+        chunk = cut[0].new_zeros(sum(sizes))
         chunks.append(chunk)
         for param, part in zip(cut, chunk.split(sizes)):
             views[param] = part.view(param.shape)

@@ -106,9 +106,10 @@ def module_series(run: Run, name: str) -> Dict[str, Series]:
 
 def _learning_rates(run: Run) -> Dict[str, Series]:
     """The schedule's learning rate times lr_scale, at every logged line."""
-    if 'lr' not in run.series:
-        return {}
-    lr_at = dict(zip(*run.series['lr']))
+    # lr is that of the first group, which paramwise_cfg may have changed
+    lr_at = dict(
+        zip(*run.series.get('base_lr', run.series.get('lr', ((), ()))))
+    )
     found = {}
     for module in run.modules:
         steps, scale = run.series.get(f'agvm_lr_scale/{module}', ((), ()))
