@@ -27,8 +27,8 @@ def on_test(result: Result) -> float:
 
 
 def last_loss(result: Result) -> float:
-    """Of the last part of a training."""
-    return float(result['loss'][-1])
+    """Of the last part of a training in which it was logged."""
+    return float(next(v for v in reversed(result['loss']) if v is not None))
 
 
 def paired(
