@@ -371,6 +371,14 @@ stages = [
         seeds=[0, 1, 2],
     ),
     dict(
+        name='AdamW at equal rates, with every seed',
+        models=['faster_rcnn'],
+        methods=adaptive,
+        batch_sizes=[256],
+        rates=[0.004, 0.00566],
+        seeds=[0, 1, 2],
+    ),
+    dict(
         name='SGD and AGVM at a batch in between',
         models=['faster_rcnn'],
         methods=both,
