@@ -228,15 +228,20 @@ def scale_base_lr(wrapper: AGVMOptimWrapper) -> None:
     if base is None:
         return
     key = 'initial_lr' if 'initial_lr' in base else 'lr'
-    ratios = [
-        float(group[key]) / lr
-        for group, lr in zip(wrapper.optimizer.param_groups, wrapper.built_lr)
-        if lr
-    ]
-    if not ratios or base[key] != wrapper.optimizer.defaults['lr']:
-        return  # resumed, or given by the schedule
-    for name in {'lr', key}:
-        base[name] *= ratios[0]
+    ratio = next(
+        (
+            float(group[key]) / lr
+            for group, lr in zip(
+                wrapper.optimizer.param_groups, wrapper.built_lr
+            )
+            if lr
+        ),
+        1.0,
+    )
+    if base[key] == wrapper.optimizer.defaults['lr']:
+        # else resumed, or given by the schedule
+        for name in {'lr', key}:
+            base[name] *= ratio
 
 
 def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:

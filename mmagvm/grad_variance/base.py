@@ -6,10 +6,12 @@ from typing import (
     Callable,
     Dict,
     Iterable,
+    Iterator,
     List,
     NamedTuple,
     Optional,
     Sequence,
+    Tuple,
 )
 
 import torch
@@ -55,7 +57,7 @@ class GradVariance(ABC):
         self.optimizer = optimizer
         self.modules = list(modules)
         self.measuring = False
-        self._loss_scale: Optional[Tensor] = None
+        self._inverse_scale: Optional[Tensor] = None
 
     def start(self, loss_scale: Optional[Tensor] = None) -> None:
         """Collect during this update.
@@ -65,7 +67,9 @@ class GradVariance(ABC):
                 update, one number on their device. None for 1.
         """
         self.measuring = True
-        self._loss_scale = loss_scale
+        self._inverse_scale = (
+            None if loss_scale is None else loss_scale.reciprocal()
+        )
 
     def before_last_backward(self) -> None:
         """Called before the forward of this update's last micro-batch."""
@@ -104,9 +108,10 @@ class GradVariance(ABC):
 
         The squares of scaled ones can be too large for float32.
         """
-        for divisor in (self._loss_scale, clip):
-            if divisor is not None:
-                grads = list(torch._foreach_mul(grads, divisor.reciprocal()))
+        if self._inverse_scale is not None:
+            grads = list(torch._foreach_mul(grads, self._inverse_scale))
+        if clip is not None:
+            grads = list(torch._foreach_mul(grads, clip.reciprocal()))
         return grads
 
     def grad_norm(self, norm_type: float) -> Tensor:
@@ -166,9 +171,12 @@ def slices(params: Sequence[Tensor]) -> List[List[Tensor]]:
     return cuts
 
 
-def slices_with_grad(group: Dict[str, Any]) -> List[List[Tensor]]:
-    """Of a group's parameters, those that have a gradient, in slices."""
-    return slices([p for p in group['params'] if p.grad is not None])
+def slices_with_grad(
+    group: Dict[str, Any],
+) -> Iterator[Tuple[List[Tensor], List[Tensor]]]:
+    """A group's parameters that have a gradient, and those, in slices."""
+    for params in slices([p for p in group['params'] if p.grad is not None]):
+        yield params, [p.grad for p in params if p.grad is not None]
 
 
 def has_second_moment(group: Dict[str, Any], state: Dict[Tensor, Any]) -> bool:

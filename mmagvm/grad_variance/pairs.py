@@ -61,8 +61,7 @@ class Pairs(GradVariance):
         )
 
     def _mean_squares(self, group: Dict[str, Any]) -> Iterator[Tensor]:
-        for params in slices_with_grad(group):
-            grads = [p.grad for p in params if p.grad is not None]
+        for params, grads in slices_with_grad(group):
             yield self.squares(group, params, grads).sum()
 
     def squares(
@@ -158,8 +157,7 @@ class PairsMicroBatches(Pairs):
 
     def _new_squares(self, group: Dict[str, Any]) -> Iterator[Tensor]:
         before = self._accumulated
-        for params in slices_with_grad(group):
-            grads = [p.grad for p in params if p.grad is not None]
+        for params, grads in slices_with_grad(group):
             old = [
                 before[p] if p in before else torch.zeros_like(p)
                 for p in params

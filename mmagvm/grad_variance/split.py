@@ -35,8 +35,7 @@ class Split(GradVariance):
         signed, state = self.signed(), self.optimizer.state
 
         def norms_of(group: Dict[str, Any]) -> Iterator[Tensor]:
-            for params in slices_with_grad(group):
-                totals = [p.grad for p in params if p.grad is not None]
+            for params, totals in slices_with_grad(group):
                 signs = [signed[p] for p in params]
                 totals, signs = (
                     self.unscaled(part, clip) for part in (totals, signs)
