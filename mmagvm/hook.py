@@ -1,12 +1,10 @@
 """Start-up checks and what is logged; no maths."""
 
-import math
-from typing import Any, Dict, Iterable, List, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Optional
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
-from mmengine.optim import _ParamScheduler
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.visualization import TensorboardVisBackend, Visualizer
@@ -16,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from .cgbn import CGBN
 from .lr_scaling import find_rule
+from .lr_schedule import fit_schedulers, scale_base_lr, warmup_updates
 from .optim_wrapper import AGVMOptimWrapper
 from .version import full_version
 
@@ -198,52 +197,6 @@ def images_per_rank(dataloader: 'DataLoader[Any]') -> int:
     )
 
 
-def fit_schedulers(
-    wrapper: AGVMOptimWrapper, schedulers: Sequence[_ParamScheduler]
-) -> None:
-    """Give schedulers the values of each group that there is now.
-
-    A checkpoint whose optimizer was grouped otherwise leaves them with one
-    for each group that there was, and MMEngine's cosine schedulers and
-    ReduceOnPlateauLR then forget the groups beyond.
-    """
-    count = len(wrapper.param_groups)
-    for scheduler in schedulers:
-        initial = f'initial_{scheduler.param_name}'
-        scheduler.base_values = [
-            group.get(initial, group.get(scheduler.param_name))
-            for group in wrapper.param_groups
-        ]
-        limits = getattr(scheduler, 'min_values', None)  # ReduceOnPlateauLR's
-        if limits is not None and len(limits) != count:
-            scheduler.min_values = limits[-1:] * count
-
-
-def scale_base_lr(wrapper: AGVMOptimWrapper) -> None:
-    """Scale ``base_lr`` as ``auto_scale_lr`` has scaled every other rate.
-
-    MMEngine leaves out the entry without parameters that it logs it from.
-    """
-    base = wrapper.base_param_settings
-    if base is None:
-        return
-    key = 'initial_lr' if 'initial_lr' in base else 'lr'
-    ratio = next(
-        (
-            float(group[key]) / lr
-            for group, lr in zip(
-                wrapper.optimizer.param_groups, wrapper.built_lr
-            )
-            if lr
-        ),
-        1.0,
-    )
-    if base[key] == wrapper.optimizer.defaults['lr']:
-        # else resumed, or given by the schedule
-        for name in {'lr', key}:
-            base[name] *= ratio
-
-
 def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
     """What AGVM will do in this run, in lines for its log."""
     batch = wrapper.batch
@@ -290,46 +243,6 @@ def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
             f'{wrapper.modulator.lr_scale[module]:.3f}'
         )
     return lines
-
-
-def warmup_updates(
-    schedulers: Sequence[_ParamScheduler],
-    epoch_length: int,
-    max_iters: int,
-    accumulative_counts: int,
-) -> int:
-    """Updates in which the learning rate grows from the start.
-
-    Args:
-        schedulers: Of a run, built.
-        epoch_length: Iterations of an epoch.
-        max_iters: Of the run. What grows as long as that is no warm-up.
-        accumulative_counts: Iterations of an update.
-
-    Returns:
-        0 if there is no warm-up.
-    """
-    ends = [
-        warmup_end(scheduler) * (epoch_length if scheduler.by_epoch else 1)
-        for scheduler in schedulers
-        if scheduler.param_name == 'lr' and scheduler.begin == 0
-    ]
-    iterations = max((end for end in ends if end < max_iters), default=0)
-    return math.ceil(iterations / accumulative_counts)
-
-
-def warmup_end(scheduler: _ParamScheduler) -> float:
-    """The step at which a scheduler ends to raise the rate; 0 if none."""
-    if (
-        # of LinearLR and ExponentialWarmupLR, and of ConstantLR
-        getattr(scheduler, 'start_factor', 1)
-        < getattr(scheduler, 'end_factor', 1)
-        or getattr(scheduler, 'factor', 1) < 1
-        or 'Warmup' in type(scheduler).__name__
-    ):
-        return float(scheduler.end)
-    phases = getattr(scheduler, '_schedule_phases', None)  # OneCycleLR's
-    return float(phases[0]['end_step']) if phases else 0.0
 
 
 def useless_sync_bn(model: nn.Module) -> List[str]:
