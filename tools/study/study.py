@@ -379,20 +379,33 @@ stages = [
         seeds=[0, 1, 2],
     ),
     dict(
+        name='Semantic FPN',
+        models=['sem_fpn'],
+        methods=both,
+        batch_sizes=[256, 32],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='RetinaNet',
+        models=['retinanet'],
+        methods=both,
+        batch_sizes=[256, 32],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='the other methods at the reference batch',
+        models=['faster_rcnn'],
+        methods=[*adaptive, 'lamb', 'pmd_lamb', 'lars'],
+        batch_sizes=[32],
+        seeds=[0, 1, 2],
+    ),
+    dict(
         name='SGD and AGVM at a batch in between',
         models=['faster_rcnn'],
         methods=both,
         batch_sizes=[128],
         seeds=[0, 1, 2],
     ),
-    dict(
-        name='pipelines of one stage',
-        models=['retinanet', 'sem_fpn'],
-        methods=both,
-        batch_sizes=[256, 32],
-        seeds=[0, 1, 2],
-    ),
-    # those that came next
     dict(
         name="AGVM's settings, with other seeds",
         models=['faster_rcnn'],
@@ -401,13 +414,6 @@ stages = [
         variants=['anchor_rpn', 'alpha_9', 'alpha_99', 'range_2'],
         rates=stable_rates,
         seeds=[1, 2],
-    ),
-    dict(
-        name='the other methods at the reference batch',
-        models=['faster_rcnn'],
-        methods=[*layerwise, *adaptive],
-        batch_sizes=[32],
-        seeds=[0, 1, 2],
     ),
     dict(
         name="AGVM's mean multipliers, held",
