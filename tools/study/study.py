@@ -147,6 +147,9 @@ models = dict(
                     channels=32,
                     num_classes=11,
                     norm_cfg=dict(type='BN'),
+                    # digits cover a tenth of the ground, which is all that a
+                    # batch of 256 learns within the schedule without weights
+                    loss_decode=dict(class_weight=[1.0] + [10.0] * 10),
                 ),
             )
         ],
@@ -379,17 +382,17 @@ stages = [
         seeds=[0, 1, 2],
     ),
     dict(
-        name='Semantic FPN',
-        models=['sem_fpn'],
+        name='pipelines of one stage at the largest batch',
+        models=['sem_fpn', 'retinanet'],
         methods=both,
-        batch_sizes=[256, 32],
+        batch_sizes=[256],
         seeds=[0, 1, 2],
     ),
     dict(
-        name='RetinaNet',
-        models=['retinanet'],
+        name='and at the reference batch',
+        models=['sem_fpn', 'retinanet'],
         methods=both,
-        batch_sizes=[256, 32],
+        batch_sizes=[32],
         seeds=[0, 1, 2],
     ),
     dict(
