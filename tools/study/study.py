@@ -382,17 +382,10 @@ stages = [
         seeds=[0, 1, 2],
     ),
     dict(
-        name='pipelines of one stage at the largest batch',
-        models=['sem_fpn', 'retinanet'],
+        name='RetinaNet',
+        models=['retinanet'],
         methods=both,
-        batch_sizes=[256],
-        seeds=[0, 1, 2],
-    ),
-    dict(
-        name='and at the reference batch',
-        models=['sem_fpn', 'retinanet'],
-        methods=both,
-        batch_sizes=[32],
+        batch_sizes=[256, 32],
         seeds=[0, 1, 2],
     ),
     dict(
@@ -426,8 +419,8 @@ stages = [
         seeds=[0, 1, 2],
     ),
     dict(
-        name='Mask R-CNN',
-        models=['mask_rcnn'],
+        name='Mask R-CNN and Semantic FPN',
+        models=['mask_rcnn', 'sem_fpn'],
         methods=both,
         batch_sizes=[256, 32],
         seeds=[0, 1, 2],
