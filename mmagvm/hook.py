@@ -1,6 +1,6 @@
 """Start-up checks and what is logged; no maths."""
 
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
@@ -192,9 +192,9 @@ def chart_modules_together(
 def images_per_rank(dataloader: 'DataLoader[Any]') -> int:
     """Images that a data loader hands to a rank at once."""
     sampler = getattr(dataloader, 'batch_sampler', None)
-    return int(
-        getattr(sampler, 'batch_size', None) or dataloader.batch_size or 1
-    )
+    images = getattr(sampler, 'batch_size', None) or dataloader.batch_size or 1
+    # mmdet's MultiDataAspectRatioBatchSampler has one for each data set
+    return max(images) if isinstance(images, Sequence) else int(images)
 
 
 def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:

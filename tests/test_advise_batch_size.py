@@ -206,6 +206,29 @@ def test_split_is_told_of(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    'start, end, used',
+    [('agvm_noise_scale/', '', '140 of 200'), ('agvm_', 'neck', '120 of 120')],
+    ids=['pairs', 'modules'],
+)
+def test_run_resumed_with_another_setting(
+    tmp_path, monkeypatch, capsys, start, end, used
+):
+    """With ``estimator='pairs'``; with a module more."""
+    write_run(tmp_path, (400, 40))
+    (log,) = tmp_path.glob('*/vis_data/scalars.json')
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines[:80]:
+        for name in list(line):
+            if name.startswith(start) and name.endswith(end):
+                del line[name]
+    log.write_text('\n'.join(map(json.dumps, lines)))
+    advise(monkeypatch, tmp_path, '--begin', 61)
+    out = capsys.readouterr().out
+    assert f'{used} logged measurements' in out
+    assert '| neck' in out
+
+
+@pytest.mark.parametrize(
     'options, args, message',
     [
         (dict(count=78), [], 'too short to say'),

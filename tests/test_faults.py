@@ -281,8 +281,35 @@ launch_utils.join_ranks(Config(dict(launcher='pytorch')))
         code=1,
         TIMEOUT='12',
     )
-    assert 'The ranks did not reach each other within 12 seconds' in output
+    assert 'not reach each other within TIMEOUT=12 seconds' in output
     assert 'GLOO_SOCKET_IFNAME' in output and 'Traceback' not in output
+
+
+def test_node_that_restarts_later_is_waited_for(tmp_path):
+    """Another node may take as long as a collective to hear of a loss."""
+    script = tmp_path / 'script.py'
+    script.write_text("""
+import os
+import time
+
+import launch_utils
+from mmengine.config import Config
+
+os.environ.update(TORCHELASTIC_RESTART_COUNT='1', GROUP_WORLD_SIZE='2')
+if os.environ['RANK'] == '1':
+    time.sleep(10)
+dist_cfg = dict(timeout=60)
+launch_utils.join_ranks(
+    Config(dict(launcher='pytorch', env_cfg=dict(dist_cfg=dist_cfg)))
+)
+print('met')
+launch_utils.leave_ranks()
+""")
+    output = run(
+        *(sys.executable, 'tools/dist_run.py', '--nproc_per_node=2', script),
+        TIMEOUT='5',
+    )
+    assert output.count('met') == 2
 
 
 def test_nothing_of_the_group_is_left(tmp_path):

@@ -132,6 +132,24 @@ def test_iteration_based_config_of_mmseg(make):
     assert '160000 -> 20000 iterations' in printed
 
 
+@pytest.mark.parametrize(
+    'old, new',
+    [
+        (dict(val_interval=4000, val_begin=120000), (500, 15000)),
+        (dict(val_interval=160001), (20001, 1)),  # never
+    ],
+    ids=['late', 'never'],
+)
+def test_validation_begins_where_it_did(make, own, old, new):
+    file = own(SEM_FPN, f'train_cfg = dict(**{old})')
+    cfg, _, _ = make(
+        *(file, '--batch-size', 512, '--gpus', 32),
+        *('--base-batch-size', 64),
+    )
+    begin = cfg.train_cfg.get('val_begin', 1)
+    assert (cfg.train_cfg.val_interval, begin) == new
+
+
 def test_own_warmup_and_base_batch_are_found(make):
     cfg, _, printed = make(SEGFORMER, '--batch-size', 64, '--gpus', 8)
     assert 'the name segformer_mit-b0_8xb2' in printed
@@ -140,6 +158,31 @@ def test_own_warmup_and_base_batch_are_found(make):
     assert warmup.start_factor == 1e-6
     assert (warmup.end, poly.begin, poly.end) == (500, 500, 40000)
     assert 'custom_keys' in str(cfg.optim_wrapper.paramwise_cfg)
+
+
+def test_official_recipe_goes_on_fewer_gpus(make):
+    """Its warm-up is found, and clipped is what was clipped."""
+    recipe = (
+        TOOL.parents[2]
+        / 'configs/faster_rcnn/faster-rcnn-align_r50_fpn_32xb16-16e_coco.py'
+    )
+    cfg, _, printed = make(recipe, '--batch-size', 512, '--gpus', 8)
+    warmup, _ = cfg.param_scheduler
+    assert (warmup.type, warmup.end) == ('ExponentialWarmupLR', 4 * 460)
+    clip, agvm = cfg.custom_hooks
+    assert (clip.begin, clip.end) == (4 * 360, 4 * 560)
+    assert agvm.type == 'AGVMHook'
+    assert 'clips updates 360 to 560' in printed
+
+
+def test_warmup_of_another_package_is_found(make, own):
+    lines = (
+        'param_scheduler = [dict(type="mmdet.QuadraticWarmupLR", '
+        'by_epoch=True, begin=0, end=2, convert_to_iter_based=True)]'
+    )
+    cfg, _, _ = make(own(lines=lines), '--batch-size', 256, '--gpus', 16)
+    (warmup,) = cfg.param_scheduler
+    assert warmup.end == 2 * 459  # ceil(117266 / 256)
 
 
 def test_longer_warmup_of_the_original_is_kept_in_images(make, own):
@@ -239,6 +282,25 @@ def test_recipe_of_this_project_is_reproduced(make):
     for setting in ('begin', 'interval', 'ema_decay', 'type', 'constructor'):
         assert ours[setting] == theirs[setting]
     assert cfg.param_scheduler[0].end == recipe.param_scheduler[0].end
+
+
+@pytest.mark.parametrize('batch, begin', [(4096, 87), (10240, 36)])
+def test_measuring_begins_as_in_the_recipes(make, batch, begin):
+    gpus = batch // 16
+    cfg, _, _ = make(FASTER_RCNN, '--batch-size', batch, '--gpus', gpus)
+    assert cfg.optim_wrapper.begin == begin
+
+
+def test_own_lamb_is_scaled_as_the_recipes(make):
+    recipes = TOOL.parents[2] / 'configs/faster_rcnn'
+    name = 'faster-rcnn_r50_fpn_{}xb16-lamb-12e_coco.py'
+    cfg, _, _ = make(
+        *(recipes / name.format(2), '--batch-size', 1536, '--gpus', 96)
+    )
+    theirs = Config.fromfile(recipes / name.format(96)).optim_wrapper
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(
+        theirs.optimizer.lr, rel=1e-2
+    )
 
 
 # -- what is refused

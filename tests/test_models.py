@@ -1,10 +1,14 @@
 """Real models of mmdet and mmseg: modules and groups."""
 
 import pytest
+from mmdet.datasets.samplers import MultiDataAspectRatioBatchSampler
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from torch.utils.data import DataLoader, SequentialSampler
 from toy import wrapper_cfg
+
+from mmagvm.hook import images_per_rank
 
 # with both package sets
 pytestmark = pytest.mark.host
@@ -126,3 +130,11 @@ def test_every_trainable_parameter_is_in_one_of_few_groups(
         assert len(groups) == len(wrapper.modulator.modules)
     else:
         assert len(groups) <= 12 * len(wrapper.modulator.modules)
+
+
+def test_one_batch_size_for_each_data_set_is_taken():
+    sampler = MultiDataAspectRatioBatchSampler(
+        SequentialSampler(range(8)), batch_size=[4, 2], num_datasets=2
+    )
+    loader = DataLoader(range(8), batch_sampler=sampler)
+    assert images_per_rank(loader) == 4

@@ -128,8 +128,14 @@ def restarts() -> int:
     return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
-def wait_for_ranks(store: dist.Store, seconds: float) -> None:
-    """Return once every rank has come here, or exit naming who has not."""
+def wait_for_ranks(store: dist.Store, seconds: float, within: str) -> None:
+    """Return once every rank has come here, or exit naming who has not.
+
+    Args:
+        store: That all ranks have.
+        seconds: To wait.
+        within: What is told of that time.
+    """
     ranks = [
         f'{restarts()}/rank {rank}'
         for rank in range(int(os.environ['WORLD_SIZE']))
@@ -142,7 +148,7 @@ def wait_for_ranks(store: dist.Store, seconds: float) -> None:
         raise SystemExit(
             what_to_check(
                 f'{len(missing)} of {len(ranks)} ranks did not come within '
-                f'TIMEOUT={timeout_seconds()} seconds: {_names(missing)}'
+                f'{within}: {_names(missing)}'
             )
         ) from None
 

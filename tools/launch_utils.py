@@ -69,7 +69,8 @@ def join_ranks(cfg: Config) -> None:
     """Make the process group, and see that its ranks reach each other.
 
     MMEngine would make it later, without a word on what to check when a rank
-    does not come. Every rank ends with such a message within TIMEOUT seconds.
+    does not come. Every rank ends with such a message within TIMEOUT seconds;
+    when several nodes restart, after the time in which all hear of the loss.
     """
     if cfg.launcher == 'none':
         return
@@ -78,14 +79,19 @@ def join_ranks(cfg: Config) -> None:
             f'--launcher {cfg.launcher} needs a GPU for each '
             'rank, and this machine has none: use pytorch'
         )
-    seconds = timeout_seconds()
+    seconds: float = timeout_seconds()
+    within = f'TIMEOUT={seconds:g} seconds'
+    if restarts() and int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1:
+        # each node restarts when it hears of the loss, and counts for itself
+        within = f'{patience(cfg):g} seconds to notice a loss and {within}'
+        seconds += patience(cfg)
     with deadline(
-        seconds, f'The ranks did not reach each other within {seconds} seconds'
+        seconds, f'The ranks did not reach each other within {within}'
     ):
         store = launcher_store(seconds)
         if store is not None:
             # not all of the time, so that there is some to ask who is missing
-            wait_for_ranks(store, 0.9 * seconds)
+            wait_for_ranks(store, 0.9 * seconds, within)
         init_process_group(cfg, store)
         met = torch.ones(1, device=get_comm_device())
         dist.all_reduce(met)

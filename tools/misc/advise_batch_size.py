@@ -11,6 +11,7 @@ import argparse
 import re
 import sys
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
@@ -94,9 +95,14 @@ def read_measured(run: Run, batch_size: int, begin: Optional[int]) -> Measured:
             noise scale grows while a model learns.
     """
     series = run.by_module('variance')
-    # a module without a gradient all the time has nothing to be advised on
+    # nothing can be advised on a module without a gradient all the time, nor
+    # on one that the run was resumed without
     modules = [m for m in run.modules if np.isfinite(series[m][1]).any()]
-    steps = series[modules[0]][0] if modules else np.zeros(0)
+    last = max((series[m][0][-1] for m in modules), default=0)
+    modules = [m for m in modules if series[m][0][-1] == last]
+    steps = reduce(
+        np.intersect1d, [series[m][0] for m in modules] or [np.zeros(0)]
+    )
     used = np.ones(len(steps), dtype=bool)
     if begin is not None:
         used = steps >= begin
@@ -111,22 +117,21 @@ def read_measured(run: Run, batch_size: int, begin: Optional[int]) -> Measured:
             'often (optim_wrapper.interval) and log each '
             '(default_hooks.logger.interval), or use more with --begin'
         )
-    phi = np.stack([series[m][1][used] for m in modules], 1)
-    logged = run.by_module('noise_scale')
+
+    def values(quantity: str, module: str) -> np.ndarray:
+        at, found = run.by_module(quantity).get(module, (steps[:0],) * 2)
+        return found[np.isin(at, steps[used])]
+
+    phi = np.stack([values('variance', m) for m in modules], 1)
+    # a run that was resumed with another estimator has it in one part only
+    logged = [values('noise_scale', m) for m in modules]
     return Measured(
         batch_size,
         modules,
         steps[used],
         1 - phi,
-        np.array(
-            [run.by_module('lr_scale')[m][1][used].mean() for m in modules]
-        ),
-        np.array(
-            [
-                logged[m][1][used][-1] if m in logged else np.nan
-                for m in modules
-            ]
-        ),
+        np.array([values('lr_scale', m).mean() for m in modules]),
+        np.array([rho[-1] if len(rho) else np.nan for rho in logged]),
         len(steps),
     )
 

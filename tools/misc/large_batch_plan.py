@@ -14,6 +14,7 @@ from config_utils import (
 from mmengine.config import Config
 
 from mmagvm.lr_scaling import (
+    CLIP_MARGIN,
     MEASURING_DELAY,
     RECIPES,
     RULES,
@@ -48,10 +49,15 @@ OPTIONS: Dict[str, Tuple[str, Dict[str, float]]] = {
     'LAMB': ('AdamW', dict(weight_decay=0.05)),
     'PMDLAMB': ('AdamW', dict(weight_decay=0.05)),
 }
+#: Of LAMB and PMD-LAMB: a guess, and the same as that of the recipes.
+LAMB_RULE = RECIPES['faster_rcnn/lamb'].rule
 #: MMEngine's default interval of LoggerHook, in iterations.
 LOGGED = 10
 #: Schedulers that can be a warm-up.
-WARMUPS = ('LinearLR', 'ConstantLR', 'QuadraticWarmupLR')
+WARMUPS = (
+    *('LinearLR', 'ConstantLR'),
+    *('QuadraticWarmupLR', 'ExponentialWarmupLR'),
+)
 #: Numbers in a scheduler that are iterations where ``by_epoch`` is False.
 SPANS = (
     *('begin', 'end', 'milestones', 'T_max', 'step_size', 'total_iters'),
@@ -200,8 +206,8 @@ def plan_optimizer(
             options = dict(options, weight_decay=5e-4)
         _, reference = find_rule(like, data)
         rule = reference or RULES[like, 'COCO']
-        if 'LAMB' in name:  # a guess, and the same as that of the recipes
-            rule = RECIPES['faster_rcnn/lamb'].rule
+        if 'LAMB' in name:
+            rule = LAMB_RULE
         change = dict(
             _delete_=True, type=name, lr=rounded(rule(batch.size)), **options
         )
@@ -225,6 +231,8 @@ def rule_of(optimizer: str, dataset: str) -> Tuple[LRRule, str]:
     _, rule = find_rule(optimizer, dataset)
     if rule is not None:
         return rule, "the paper's rule"
+    if 'LAMB' in optimizer:
+        return LAMB_RULE, "that of this project's recipes, not in the paper"
     like = 'AdamW' if is_adam(optimizer) else 'SGD'
     return (
         find_rule(like, dataset)[1] or RULES[like, 'COCO'],
@@ -299,7 +307,7 @@ def find_warmup(schedulers: List[Dict[str, Any]]) -> Optional[int]:
             'end_factor', 1
         )
         if (
-            scheduler['type'] in WARMUPS
+            scheduler['type'].rpartition('.')[2] in WARMUPS
             and scheduler.get('begin', 0) == 0
             and 'end' in scheduler
             and grows
@@ -315,6 +323,10 @@ def plan_iterations(result: Plan, cfg: Config, batch: Batch) -> int:
     new: Dict[str, Any] = dict(max_iters=scaled(old.max_iters))
     if old.get('val_interval'):
         new['val_interval'] = scaled(old.val_interval)
+        if old.val_interval > old.max_iters:  # never
+            new['val_interval'] = new['max_iters'] + 1
+    if old.get('val_begin'):
+        new['val_begin'] = scaled(old.val_begin)
     if old.get('dynamic_intervals'):
         new['dynamic_intervals'] = [
             (scaled(start), scaled(interval))
@@ -412,8 +424,11 @@ def plan_agvm(
 ) -> None:
     """AGVM's own settings."""
     interval = at(recipe.interval, batch.size)
-    # where that leaves enough to modulate
-    delay = MEASURING_DELAY if warmup + MEASURING_DELAY <= total / 2 else 0
+    delay = MEASURING_DELAY
+    if not is_iteration_based(cfg.train_cfg):  # as Recipe.begin
+        delay = min(delay, math.ceil(total / cfg.train_cfg.max_epochs))
+    if warmup + delay > total / 2:  # too little is left to modulate
+        delay = 0
     result.diff['optim_wrapper'].update(
         type=WRAPPERS[cfg.optim_wrapper.get('type', 'OptimWrapper')],
         constructor='AGVMOptimWrapperConstructor',
@@ -437,12 +452,30 @@ def plan_agvm(
             f'every {measured} iterations are logged, so that each '
             'measurement is'
         )
-    hooks = [plain(cfg, hook) for hook in cfg.get('custom_hooks') or []]
-    if not any(hook['type'] == 'AGVMHook' for hook in hooks):
-        result.diff['custom_hooks'] = [*hooks, dict(type='AGVMHook')]
+    plan_hooks(result, cfg, batch, warmup)
     imports = (cfg.get('custom_imports') or {}).get('imports', [])
     imports = [imports] if isinstance(imports, str) else list(imports)
     if 'mmagvm' not in imports:
         result.diff['custom_imports'] = dict(
             imports=[*imports, 'mmagvm'], allow_failed_imports=False
         )
+
+
+def plan_hooks(result: Plan, cfg: Config, batch: Batch, warmup: int) -> None:
+    """AGVM's, and what is clipped at the end of warm-up."""
+    old = [plain(cfg, hook) for hook in cfg.get('custom_hooks') or []]
+    hooks = [dict(hook) for hook in old]
+    for hook in hooks:
+        if hook['type'] == 'ClipGradWindowHook':
+            begin, end = max(0, warmup - CLIP_MARGIN), warmup + CLIP_MARGIN
+            hook.update(
+                begin=begin * batch.accumulation, end=end * batch.accumulation
+            )
+            result.because(
+                f'ClipGradWindowHook clips updates {begin} to {end}, around '
+                'the end of the warm-up, as in the official code'
+            )
+    if not any(hook['type'] == 'AGVMHook' for hook in hooks):
+        hooks.append(dict(type='AGVMHook'))
+    if hooks != old:
+        result.diff['custom_hooks'] = hooks

@@ -389,9 +389,17 @@ stages = [
         seeds=[0, 1, 2],
     ),
     dict(
+        name='RetinaNet at equal rates, with every seed',
+        models=['retinanet'],
+        methods=both,
+        batch_sizes=[256],
+        rates=[0.0566, 0.08, 0.113],
+        seeds=[0, 1, 2],
+    ),
+    dict(
         name='the other methods at the reference batch',
         models=['faster_rcnn'],
-        methods=[*adaptive, 'lamb', 'pmd_lamb', 'lars'],
+        methods=['adamw', 'lamb', 'pmd_lamb', 'lars', 'agvm_adamw'],
         batch_sizes=[32],
         seeds=[0, 1, 2],
     ),
