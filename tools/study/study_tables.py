@@ -92,6 +92,7 @@ def survival_table(study: Mapping[str, Any], done: Done) -> str:
                 ]
                 rows.append(
                     [
+                        cell.model,
                         cell.method,
                         str(cell.batch_size),
                         cell.variant or '-',
@@ -102,7 +103,8 @@ def survival_table(study: Mapping[str, Any], done: Done) -> str:
                 )
     # a cell may be in several stages
     rows = [row for i, row in enumerate(rows) if row not in rows[:i]]
-    return table(['method', 'batch', 'variant', 'lr', 'tuning', 'test'], rows)
+    header = ['model', 'method', 'batch', 'variant', 'lr']
+    return table([*header, 'tuning', 'test'], rows)
 
 
 def gain_table(study: Mapping[str, Any], done: Done) -> str:
