@@ -273,6 +273,17 @@ def test_gain_is_that_of_the_same_rates_and_seeds():
     done[Run(agvm, 2.0, 1)]['status'] = 'diverged'
     row = gain_table(declared, done).splitlines()[-1]
     assert '| 1, 2, 4 |' not in row and '(1 seed)' in row
+    done[Run(agvm, 2.0, 1)]['status'] = 'ended'
+    added = dict(status='ended', metrics=dict(test=0.4), loss=[1.0])
+    done |= {Run(cell, 1.0, 1): added for cell in tests}
+    rows = [
+        ' '.join(row.split())
+        for row in gain_table(declared, done).splitlines()[2:]
+    ]
+    # seed 0: 0.4 at 1 and 0.1 at 2; seed 1: 0 and 0.2
+    assert '| 1 | 2 | +0.200 ± ' in rows[0]
+    assert '| 2 | 2 | +0.150 ± ' in rows[1]
+    assert '| 1, 2 | 2 | +0.175 ± 0.953 |' in rows[2]
 
 
 def test_variants_are_compared_on_the_same_seeds():

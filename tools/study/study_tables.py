@@ -110,8 +110,8 @@ def survival_table(study: Mapping[str, Any], done: Done) -> str:
 def gain_table(study: Mapping[str, Any], done: Done) -> str:
     """What AGVM changes, by pairs of runs of the same rate and seed.
 
-    A seed's differences are averaged over rates first, so that the interval
-    is one over seeds.
+    At each rate, and over all: a seed's differences are averaged over rates
+    first, so that the interval is one over seeds.
     """
     rows = []
     for cell in cells_of(study, done):
@@ -121,16 +121,22 @@ def gain_table(study: Mapping[str, Any], done: Done) -> str:
         by_seed = paired(done, cell, plain)
         if not by_seed:
             continue
-        rates = next(iter(by_seed.values()))
-        row = [cell.model, cell.method, str(cell.batch_size)]
-        row += [', '.join(f'{rate:g}' for rate in rates), str(len(by_seed))]
-        for value in (on_test, last_loss):
-            gains = [
-                np.mean([value(a) - value(b) for a, b in pairs.values()])
-                for pairs in by_seed.values()
-            ]
-            row.append(interval95(gains))
-        rows.append(row)
+        rates = list(next(iter(by_seed.values())))
+        together = [rates] if len(rates) > 1 else []
+        for shown in [[rate] for rate in rates] + together:
+            row = [cell.model, cell.method, str(cell.batch_size)]
+            row += [', '.join(f'{rate:g}' for rate in shown)]
+            row += [str(len(by_seed))]
+            for value in (on_test, last_loss):
+                gains = [
+                    np.mean([value(a) - value(b) for a, b in pairs])
+                    for pairs in (
+                        [found[rate] for rate in shown]
+                        for found in by_seed.values()
+                    )
+                ]
+                row.append(interval95(gains))
+            rows.append(row)
     header = ['model', 'method', 'batch', 'lr', 'seeds']
     return table([*header, 'test metric', 'training loss at the end'], rows)
 
