@@ -55,8 +55,10 @@ LAMB_RULE = RECIPES['faster_rcnn/lamb'].rule
 LOGGED = 10
 #: Schedulers that can be a warm-up.
 WARMUPS = (
-    *('LinearLR', 'ConstantLR'),
-    *('QuadraticWarmupLR', 'ExponentialWarmupLR'),
+    'LinearLR',
+    'ConstantLR',
+    'QuadraticWarmupLR',
+    'ExponentialWarmupLR',
 )
 #: Numbers in a scheduler that are iterations where ``by_epoch`` is False.
 SPANS = (

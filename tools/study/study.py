@@ -147,8 +147,8 @@ models = dict(
                     channels=32,
                     num_classes=11,
                     norm_cfg=dict(type='BN'),
-                    # digits cover a tenth of the ground, which is all that a
-                    # batch of 256 learns within the schedule without weights
+                    # digits cover a tenth of the ground: without weights a
+                    # batch of 256 does not find them within the schedule
                     loss_decode=dict(class_weight=[1.0] + [10.0] * 10),
                 ),
             )
