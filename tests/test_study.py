@@ -31,7 +31,13 @@ from plan import (
 )
 from run_config import make_config
 from study_results import mean_and_spread, middle, on_images
-from study_tables import gain_table, variance_table, variants_table
+from study_tables import (
+    gain_table,
+    results_table,
+    tuning_table,
+    variance_table,
+    variants_table,
+)
 from train_run import RESULTS, clipped_share, code_version
 
 STUDY = ROOT / 'tools/study/study.py'
@@ -306,6 +312,21 @@ def test_stage_with_rates_tunes_nothing():
         Run(CELL, 8.0, 1),
         Run(CELL, 8.0, 2),
     ]
+
+
+def test_untuned_cell_is_shown_at_the_rate_that_is_given():
+    tuned = study(grid_moves=0)['stages'][0]
+    given = dict(tuned, batch_sizes=[64], rates=[8.0])
+    declared = study(grid_moves=0, stages=[tuned, given])
+    cell = Cell('m', 'sgd', 64)
+    done = dict(results({1.0: 0.1, 2.0: 0.5, 4.0: 0.2}))
+    done |= results({8.0: 0.4}, cell)
+    for result in done.values():
+        result['metrics']['test'] = result['metrics']['tune']
+    row = results_table(declared, done, 'm').splitlines()[-1]
+    assert '0.500 (1 seed), lr 2 |' in row
+    assert '0.400 (1 seed), lr 8 (not tuned) |' in row
+    assert len(tuning_table(declared, done, 'm').splitlines()) == 3
 
 
 @pytest.fixture(scope='module')

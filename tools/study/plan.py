@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional
 
 Result = Dict[str, Any]
@@ -155,6 +155,31 @@ def best_rate(
     return max(
         zip(rates, runs), key=lambda pair: done[pair[1]]['metrics']['tune']
     )[0]
+
+
+def is_tuned(study: Mapping[str, Any], cell: Cell) -> bool:
+    """Whether a stage looks for the cell's rate, instead of giving it."""
+    return any(
+        replace(cell, variant='') == replace(declared, variant='')
+        for stage in study['stages']
+        if 'rates' not in stage
+        for declared in cells(stage)
+    )
+
+
+def final_rate(
+    study: Mapping[str, Any], cell: Cell, done: Done
+) -> Optional[float]:
+    """The tuned rate of a cell, or the only one that stages give it."""
+    if is_tuned(study, cell):
+        return best_rate(study, cell, done)
+    given = {
+        rate
+        for stage in study['stages']
+        if cell in cells(stage)
+        for rate in stage.get('rates', ())
+    }
+    return given.pop() if len(given) == 1 else None
 
 
 def plan(study: Mapping[str, Any], done: Done) -> Iterator[Run]:

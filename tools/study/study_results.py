@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
-from plan import Cell, Done, Result, best_rate, plan
+from plan import Cell, Done, Result, final_rate, plan
 from scipy import stats
 
 NOT_RUN = 'not run'
@@ -49,8 +49,8 @@ def paired(
 
 
 def finals(study: Mapping[str, Any], done: Done, cell: Cell) -> List[Result]:
-    """Results of a cell's seeds with its tuned rate."""
-    rate = best_rate(study, cell, done)
+    """Results of a cell's seeds with the rate that it is judged by."""
+    rate = final_rate(study, cell, done)
     return [
         result
         for run, result in done.items()

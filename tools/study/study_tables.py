@@ -5,7 +5,16 @@ from typing import Any, Dict, List, Mapping, Tuple
 
 import numpy as np
 from markdown_report import table
-from plan import Cell, Done, Run, best_rate, cells, tuning_rates
+from plan import (
+    Cell,
+    Done,
+    Run,
+    best_rate,
+    cells,
+    final_rate,
+    is_tuned,
+    tuning_rates,
+)
 from study_results import (
     NOT_RUN,
     cells_of,
@@ -39,10 +48,14 @@ def results_table(study: Mapping[str, Any], done: Done, model: str) -> str:
         row, metrics = [method], []
         for size in sizes:
             cell = Cell(model, method, size)
-            rate = best_rate(study, cell, done)
+            rate = final_rate(study, cell, done)
             results = finals(study, done, cell)
             text = on_images(results) if cell in found else '-'
-            row.append(text if rate is None else f'{text}, lr {rate:g}')
+            if results:
+                text += f', lr {rate:g}'
+            if results and not is_tuned(study, cell):
+                text += ' (not tuned)'
+            row.append(text)
             metrics.append([on_test(r) for r in results if ended(r)])
         lost = (
             f'{np.mean(metrics[-1]) - np.mean(metrics[0]):+.3f}'
@@ -58,7 +71,7 @@ def tuning_table(study: Mapping[str, Any], done: Done, model: str) -> str:
     """Metric on tuning images by learning rate, one seed each."""
     rows = []
     for cell in cells_of(study, done):
-        if cell.model != model or cell.variant:
+        if cell.model != model or not is_tuned(study, cell) or cell.variant:
             continue
         shown = []
         rates = tuning_rates(study, cell, done)
