@@ -177,20 +177,6 @@ lamb_vectors = dict(
 methods = dict(
     sgd=dict(optimizer=sgd, modulate=False, rates=sgd_rates),
     agvm_sgd=dict(optimizer=sgd, modulate=True, rates=sgd_rates),
-    # a control: AGVM's multipliers as constants, what they were on average
-    # over epochs 3 to 8 and three seeds at batch 256 and a rate of 0.113
-    held_sgd=dict(
-        optimizer=sgd,
-        paramwise_cfg=dict(
-            custom_keys={
-                'neck': dict(lr_mult=1.26),
-                'rpn_head': dict(lr_mult=2.18),
-                'roi_head': dict(lr_mult=1.3),
-            }
-        ),
-        modulate=False,
-        rates=sgd_rates,
-    ),
     # twenty times the usual trust coefficient, so that biases and norm layers,
     # which have none, can bear the same rate
     lars=dict(
@@ -239,6 +225,15 @@ variants = dict(
             paramwise_cfg=dict(
                 custom_keys={'roi_head.bbox_head': dict(lr_mult=0.0)}
             )
+        )
+    ),
+    # MMEngine's norm counts gradients that lr_mult=0 never applies
+    frozen_head_no_clip=dict(
+        optim_wrapper=dict(
+            clip_grad=None,
+            paramwise_cfg=dict(
+                custom_keys={'roi_head.bbox_head': dict(lr_mult=0.0)}
+            ),
         )
     ),
     tau_4=dict(optim_wrapper=dict(interval=4)),
@@ -404,37 +399,54 @@ stages = [
         batch_sizes=[32],
         seeds=[0, 1, 2],
     ),
-    # the best rate at 32 and, by three seeds, at 256
+    dict(
+        name='a frozen head whose gradient does not count in a norm',
+        models=['faster_rcnn'],
+        methods=['sgd'],
+        batch_sizes=[256, 32],
+        variants=['frozen_head_no_clip'],
+        rates=stable_rates,
+        seeds=[0],
+    ),
+    # at the best rate of 32 and, by three seeds, of 256
     dict(
         name='SGD and AGVM at a batch in between',
         models=['faster_rcnn'],
         methods=both,
         batch_sizes=[128],
         rates=stable_rates,
-        seeds=[0, 1, 2],
+        seeds=[0],
     ),
     # at the same rate: it is Faster R-CNN's best, theirs is not known
     dict(
-        name='Mask R-CNN at the largest batch',
+        name='Mask R-CNN',
         models=['mask_rcnn'],
         methods=both,
         batch_sizes=[256],
         rates=stable_rates,
-        seeds=[0, 1, 2],
+        seeds=[0],
     ),
     dict(
         name='Semantic FPN',
         models=['sem_fpn'],
         methods=both,
-        batch_sizes=[256, 32],
+        batch_sizes=[32, 256],
         rates=stable_rates,
         seeds=[0],
     ),
     dict(
-        name='Mask R-CNN at the reference batch',
+        name='the batch in between, with other seeds',
+        models=['faster_rcnn'],
+        methods=both,
+        batch_sizes=[128],
+        rates=stable_rates,
+        seeds=[1, 2],
+    ),
+    dict(
+        name='Mask R-CNN at both batches, with every seed',
         models=['mask_rcnn'],
         methods=both,
-        batch_sizes=[32],
+        batch_sizes=[256, 32],
         rates=stable_rates,
         seeds=[0, 1, 2],
     ),
@@ -453,12 +465,5 @@ stages = [
         variants=['anchor_rpn', 'alpha_9', 'alpha_99', 'range_2'],
         rates=stable_rates,
         seeds=[1, 2],
-    ),
-    dict(
-        name="AGVM's mean multipliers, held",
-        models=['faster_rcnn'],
-        methods=['held_sgd'],
-        batch_sizes=[256],
-        seeds=[0, 1, 2],
     ),
 ]
