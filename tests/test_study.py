@@ -34,6 +34,7 @@ from study_results import mean_and_spread, middle, on_images
 from study_tables import (
     gain_table,
     results_table,
+    sides_table,
     tuning_table,
     variance_table,
     variants_table,
@@ -253,43 +254,42 @@ def test_diverged_runs_are_counted_and_not_averaged():
 
 def test_gain_is_that_of_the_same_rates_and_seeds():
     agvm = Cell('m', 'agvm_sgd', 32)
-    declared = study()
+    declared = study(grid_moves=0)
     declared['methods']['agvm_sgd'] = declared['methods']['sgd']
-    declared['stages'] = [dict(declared['stages'][0], methods=['agvm_sgd'])]
+    methods = ['sgd', 'agvm_sgd']
+    declared['stages'] = [dict(declared['stages'][0], methods=methods)]
     tests = {
-        CELL: {(1.0, 0): 0.5, (2.0, 0): 0.3, (2.0, 1): 0.3, (4.0, 1): 0.9},
-        agvm: {(1.0, 0): 0.9, (2.0, 0): 0.4, (2.0, 1): 0.5, (4.0, 1): 0.8},
+        CELL: {(1.0, 0): 0.1, (2.0, 0): 0.3, (2.0, 1): 0.3, (4.0, 0): 0.2},
+        agvm: {(1.0, 0): 0.5, (2.0, 0): 0.4, (2.0, 1): 0.5, (4.0, 1): 0.8},
     }
     done = {
         Run(cell, rate, seed): dict(
-            status='ended', metrics=dict(test=test), loss=[9.0, 1.0 - test]
+            status='ended',
+            metrics=dict(test=test, tune=test),
+            loss=[9.0, 1.0 - test],
         )
         for cell, by_run in tests.items()
         for (rate, seed), test in by_run.items()
     }
-    row = gain_table(declared, done).splitlines()[-1]
+
+    def rows(make_table):
+        lines = make_table(declared, done).splitlines()[2:]
+        return [' '.join(line.split()) for line in lines]
+
     # 0.1 and 0.2: t of one degree of freedom is 12.71
-    assert [cell.strip() for cell in row.split('|')[3:-1]] == [
-        '32',
-        '2',
-        '2',
-        '+0.150 ± 0.635',
-        '-0.150 ± 0.635',
+    assert rows(gain_table) == [
+        '| m | agvm_sgd | 32 | 1 | 1 | +0.400 | -0.400 |',
+        '| m | agvm_sgd | 32 | 2 | 2 | +0.150 ± 0.635 | -0.150 ± 0.635 |',
     ]
-    done[Run(agvm, 2.0, 1)]['status'] = 'diverged'
-    row = gain_table(declared, done).splitlines()[-1]
-    assert '| 1, 2, 4 |' not in row and '(1 seed)' in row
-    done[Run(agvm, 2.0, 1)]['status'] = 'ended'
-    added = dict(status='ended', metrics=dict(test=0.4), loss=[1.0])
-    done |= {Run(cell, 1.0, 1): added for cell in tests}
-    rows = [
-        ' '.join(row.split())
-        for row in gain_table(declared, done).splitlines()[2:]
+    done[Run(agvm, 4.0, 0)] = dict(
+        status='diverged', metrics=dict(test=0.0, tune=0.0)
+    )
+    assert rows(gain_table)[2] == '| m | agvm_sgd | 32 | 4 | 1 | -0.200 | - |'
+    # the best rate without is 2
+    assert rows(sides_table) == [
+        '| m | agvm_sgd | 32 | 2 '
+        '| 1 of 1, +0.400 | 2 of 2, +0.150 | 0 of 1, -0.200 |'
     ]
-    # seed 0: 0.4 at 1 and 0.1 at 2; seed 1: 0 and 0.2
-    assert '| 1 | 2 | +0.200 ± ' in rows[0]
-    assert '| 2 | 2 | +0.150 ± ' in rows[1]
-    assert '| 1, 2 | 2 | +0.175 ± 0.953 |' in rows[2]
 
 
 def test_variants_are_compared_on_the_same_seeds():

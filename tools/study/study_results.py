@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import replace
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import numpy as np
 from plan import Cell, Done, Result, final_rate, plan
 from scipy import stats
 
 NOT_RUN = 'not run'
+
+#: Of two cells, by rate and then seed.
+Pairs = Dict[float, Dict[int, Tuple[Result, Result]]]
 
 
 def cells_of(study: Mapping[str, Any], done: Done) -> List[Cell]:
@@ -31,21 +34,25 @@ def last_loss(result: Result) -> float:
     return float(next(v for v in reversed(result['loss']) if v is not None))
 
 
-def paired(
-    done: Done, cell: Cell, other: Cell
-) -> Dict[int, Dict[float, Tuple[Result, Result]]]:
-    """Results of two cells by seed and then rate.
-
-    Only of rates at which both ended with the most seeds, and those seeds.
-    """
-    found: Dict[float, Dict[int, Tuple[Result, Result]]] = {}
+def paired(done: Done, cell: Cell, other: Cell) -> Pairs:
+    """Results of two cells by rate and then seed, where both are there."""
+    found: Pairs = {}
     for run, result in done.items():
         same = done.get(replace(run, cell=other))
-        if run.cell == cell and same and ended(result) and ended(same):
+        if run.cell == cell and same:
             found.setdefault(run.lr or 0.0, {})[run.seed] = result, same
-    seeds = sorted(max(found.values(), key=len, default={}))
-    rates = sorted(r for r, pairs in found.items() if {*seeds} <= {*pairs})
-    return {seed: {r: found[r][seed] for r in rates} for seed in seeds}
+    return dict(sorted(found.items()))
+
+
+def with_and_without(
+    study: Mapping[str, Any], done: Done
+) -> Iterator[Tuple[Cell, Cell, Pairs]]:
+    """Cells with AGVM, the same without, and their results in pairs."""
+    for cell in cells_of(study, done):
+        plain = replace(cell, method=cell.method.replace('agvm_', ''))
+        pairs = paired(done, cell, plain)
+        if plain != cell and not cell.variant and pairs:
+            yield cell, plain, pairs
 
 
 def finals(study: Mapping[str, Any], done: Done, cell: Cell) -> List[Result]:
@@ -82,8 +89,10 @@ def on_images(results: Sequence[Result], split: str = 'test') -> str:
 
 def interval95(values: Sequence[float]) -> str:
     """Mean, and Student's 95 % interval of it where there are several."""
-    if len(values) < 2:
-        return f'{np.mean(values):+.3f} (1 seed)'
+    if not values:
+        return '-'
+    if len(values) == 1:
+        return f'{values[0]:+.3f}'
     error = np.std(values, ddof=1) / math.sqrt(len(values))
     half = stats.t.ppf(0.975, len(values) - 1) * error
     return f'{np.mean(values):+.3f} ± {half:.3f}'

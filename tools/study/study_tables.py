@@ -1,5 +1,6 @@
 """Tables of a study's results, in Markdown."""
 
+import operator
 from dataclasses import replace
 from typing import Any, Dict, List, Mapping, Tuple
 
@@ -25,8 +26,8 @@ from study_results import (
     middle_means,
     on_images,
     on_test,
-    paired,
     spread,
+    with_and_without,
 )
 
 
@@ -123,35 +124,52 @@ def survival_table(study: Mapping[str, Any], done: Done) -> str:
 def gain_table(study: Mapping[str, Any], done: Done) -> str:
     """What AGVM changes, by pairs of runs of the same rate and seed.
 
-    At each rate, and over all: a seed's differences are averaged over rates
-    first, so that the interval is one over seeds.
+    A run that diverged has a metric of 0, and counts.
     """
     rows = []
-    for cell in cells_of(study, done):
-        plain = replace(cell, method=cell.method.replace('agvm_', ''))
-        if plain == cell or cell.variant:
-            continue
-        by_seed = paired(done, cell, plain)
-        if not by_seed:
-            continue
-        rates = list(next(iter(by_seed.values())))
-        together = [rates] if len(rates) > 1 else []
-        for shown in [[rate] for rate in rates] + together:
-            row = [cell.model, cell.method, str(cell.batch_size)]
-            row += [', '.join(f'{rate:g}' for rate in shown)]
-            row += [str(len(by_seed))]
-            for value in (on_test, last_loss):
-                gains = [
-                    np.mean([value(a) - value(b) for a, b in pairs])
-                    for pairs in (
-                        [found[rate] for rate in shown]
-                        for found in by_seed.values()
-                    )
+    for cell, _, pairs in with_and_without(study, done):
+        for rate, by_seed in pairs.items():
+            both = list(by_seed.values())
+            kept = [(a, b) for a, b in both if ended(a) and ended(b)]
+            rows.append(
+                [
+                    *(cell.model, cell.method, str(cell.batch_size)),
+                    *(f'{rate:g}', str(len(both))),
+                    interval95([on_test(a) - on_test(b) for a, b in both]),
+                    interval95([last_loss(a) - last_loss(b) for a, b in kept]),
                 ]
-                row.append(interval95(gains))
-            rows.append(row)
+            )
     header = ['model', 'method', 'batch', 'lr', 'seeds']
     return table([*header, 'test metric', 'training loss at the end'], rows)
+
+
+def sides_table(study: Mapping[str, Any], done: Done) -> str:
+    """In how many of these pairs AGVM is ahead, and by how much, by the rate.
+
+    That is, whether it is below, at or above the best one without AGVM.
+    """
+    rows = []
+    for cell, plain, pairs in with_and_without(study, done):
+        best = best_rate(study, plain, done)
+        if best is None:
+            continue
+        row = [cell.model, cell.method, str(cell.batch_size), f'{best:g}']
+        for on_side in (operator.lt, operator.eq, operator.gt):
+            gains = [
+                on_test(a) - on_test(b)
+                for rate, by_seed in pairs.items()
+                if on_side(rate, best)
+                for a, b in by_seed.values()
+            ]
+            ahead = sum(gain > 0 for gain in gains)
+            row.append(
+                f'{ahead} of {len(gains)}, {np.mean(gains):+.3f}'
+                if gains
+                else '-'
+            )
+        rows.append(row)
+    header = ['model', 'method', 'batch', 'best lr without']
+    return table([*header, 'below it', 'at it', 'above it'], rows)
 
 
 def compared_rates(
@@ -195,7 +213,8 @@ def variance_table(study: Mapping[str, Any], done: Done, model: str) -> str:
             shown = f'{spread(aligned):.1f}'
             if not study['methods'][cell.method]['modulate']:
                 shown = f'{spread(phis):.1f} ({shown})'
-            clipped = [r['clipped'] for r in results if r.get('clipped')]
+            clipped = [r.get('clipped') for r in results]
+            clipped = [share for share in clipped if share is not None]
             rows.append(
                 [
                     cell.method,

@@ -20,6 +20,7 @@ from study_tables import (  # noqa: E402
     cost_table,
     gain_table,
     results_table,
+    sides_table,
     survival_table,
     tuning_table,
     variance_table,
@@ -53,6 +54,7 @@ def main() -> None:
         fill(args.out, f'variance {model}', variance_table(study, done, model))
     fill(args.out, 'survival', survival_table(study, done))
     fill(args.out, 'gain', gain_table(study, done))
+    fill(args.out, 'sides', sides_table(study, done))
     fill(args.out, 'variants', variants_table(study, done))
     fill(args.out, 'cost', cost_table(done))
     draw_variance(study, done, args.figure)
