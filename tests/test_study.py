@@ -487,7 +487,9 @@ def test_results_are_summarized(tiny):
     )
     text = page.read_text()
     assert text.startswith('Conclusions.\n')
-    assert text.count('| agvm_sgd') == 4  # results, gain, tuning, variances
+    assert (
+        text.count('| agvm_sgd') == 5
+    )  # results, gain, sides, tuning, variances
     assert 'not run' not in text
     assert figure.stat().st_size > 10000
 

@@ -62,7 +62,10 @@ def draw_variance(study: Mapping[str, Any], done: Done, file: Path) -> None:
 
 
 def draw_rates(study: Mapping[str, Any], done: Done, file: Path) -> None:
-    """Test metric against the rate: a point for each run, a line of means."""
+    """Test metric against the rate: a point for each run, a line of means.
+
+    Of batch sizes with several rates.
+    """
     found = {
         run: result['metrics']['test']
         for run, result in done.items()
@@ -70,9 +73,10 @@ def draw_rates(study: Mapping[str, Any], done: Done, file: Path) -> None:
         and run.cell.method in COMPARED
         and not run.cell.variant
     }
-    if not found:
+    tried = [size for size, _ in {(r.cell.batch_size, r.lr) for r in found}]
+    sizes = sorted(size for size in {*tried} if tried.count(size) > 1)
+    if not sizes:
         return
-    sizes = sorted({run.cell.batch_size for run in found})
     with plt.rc_context(TEXT):
         figure, axes = plt.subplots(
             1, len(sizes), figsize=(PAGE, 2.4), sharey=True, squeeze=False
