@@ -74,7 +74,7 @@ class AGVMHook(Hook):
                 f'AGVM: the checkpoint was trained with {wrapper.batch}, this '
                 f'run has {batch}; lr_scale goes on from where it was'
             )
-        wrapper.batch = batch
+        wrapper.set_batch(batch)
         scale_base_lr(wrapper)
         fit_schedulers(wrapper, runner.param_schedulers or [])
         self._attempts = attempts(wrapper)

@@ -114,6 +114,11 @@ class Modulator:
                     self.ema_decay * old + (1 - self.ema_decay) * value
                 )
 
+    def resize_samples(self, factor: float) -> None:
+        """Samples have ``factor`` times as many images from now on."""
+        for module in self._noise:
+            self._noise[module] /= factor
+
     def state_dict(self) -> Dict[str, Any]:
         """Plain numbers, strings, lists and dicts, by name of module."""
         return dict(

@@ -1,9 +1,11 @@
 """Reads an optimizer's state into parameter groups that are cut otherwise."""
 
+import logging
 from itertools import chain
 from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
+from mmengine.logging import print_log
 
 
 def regroup(
@@ -25,7 +27,7 @@ def regroup(
     Returns:
         A state for ``param_groups``. A group's options are those that its
         first known parameter had; parameters that the saved state does not
-        know start without any.
+        know start without any, with a warning.
 
     Raises:
         ValueError: The saved parameters cannot be matched with these.
@@ -37,6 +39,9 @@ def regroup(
         for group, group_names in zip(saved_groups, names)
         for name, index in zip(group_names, group['params'])
     }
+
+    ours = [name for group in param_groups for name in group['param_names']]
+    _tell_new([name for name in ours if name not in saved], ours)
 
     state: Dict[int, Any] = {}
     groups: List[Dict[str, Any]] = []
@@ -68,6 +73,24 @@ def regroup(
             {**saved_groups[0], 'params': torch.tensor([0.0])},
         )
     return regrouped
+
+
+def _tell_new(new: Sequence[str], names: Sequence[str]) -> None:
+    """Warn of parameters that a saved state does not know."""
+    if len(new) == len(names):
+        raise ValueError(
+            f"the checkpoint's optimizer knows none of the model's {len(new)} "
+            f'parameters, such as {new[0]}: it is of another model; load its '
+            'weights alone with load_from and resume=False'
+        )
+    if new:
+        print_log(
+            f"AGVM: the checkpoint's optimizer does not know {len(new)} of "
+            f'{len(names)} parameters, such as {new[0]}: they start without '
+            'state',
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
 def _decayed(

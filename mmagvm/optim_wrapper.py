@@ -169,14 +169,20 @@ class AGVMOptimWrapper(OptimWrapper):
         The batch size at which the gradient's noise is as large as its
         signal: 1 until it has been measured, infinite while no signal shows.
         """
-        images = self.batch.get('images_per_rank', 1)
-        if self.world_size > 1:  # else each micro-batch is a sample
-            images *= self.accumulative_counts
+        images = images_per_sample(self.batch) if self.batch else 1
         samples = self.modulator.noise_scale
         return {
             module: images * samples[module] if module in samples else 1.0
             for module in self.modulator.modules
         }
+
+    def set_batch(self, batch: Dict[str, int]) -> None:
+        """Tell how the batch is made up, which a checkpoint may not share."""
+        if self.batch:
+            self.modulator.resize_samples(
+                images_per_sample(batch) / images_per_sample(self.batch)
+            )
+        self.batch = batch
 
     # -- when to measure
 
@@ -349,6 +355,16 @@ class AGVMOptimWrapper(OptimWrapper):
         self.modulator.load_state_dict(agvm)
         self._update = agvm['update']
         self.batch = dict(agvm['batch'])
+
+
+def images_per_sample(batch: Dict[str, int]) -> int:
+    """Images whose mean gradient is one sample: a rank's or a micro-batch's.
+
+    Args:
+        batch: As :attr:`AGVMOptimWrapper.batch`.
+    """
+    several = batch['accumulative_counts'] if batch['ranks'] > 1 else 1
+    return batch['images_per_rank'] * several
 
 
 def _group_modules(optimizer: torch.optim.Optimizer) -> List[str]:

@@ -10,6 +10,7 @@ from mmengine.registry import (
 )
 from torch import nn
 
+from .grad_variance import refuse_sharded_model
 from .optim_wrapper import AGVMOptimWrapper
 
 #: Children of a model that are opened into their own children.
@@ -33,8 +34,8 @@ class AGVMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         paramwise_cfg: As in MMEngine.
 
     Raises:
-        ValueError: A module of ``modules`` has no trainable parameters, or
-            the wrapper is not an AGVM one.
+        ValueError: A module of ``modules`` has no trainable parameters, the
+            wrapper is not an AGVM one, or the model is sharded.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class AGVMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper of ``model``."""
+        refuse_sharded_model(model)
         model = getattr(model, 'module', model)
         groups = merge_groups(
             model,

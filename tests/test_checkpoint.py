@@ -173,6 +173,29 @@ def test_checkpoint_of_another_model_is_refused():
         wrapper.load_state_dict(optimizer.state_dict())
 
 
+def renamed(state, old, new):
+    """A saved state with other names of parameters."""
+    state = copy.deepcopy(state)
+    for group in state['param_groups']:
+        group['param_names'] = [
+            name.replace(old, new) for name in group['param_names']
+        ]
+    return state
+
+
+def test_parameters_that_a_checkpoint_does_not_know_are_told(log):
+    _, wrapper = trained()
+    state = renamed(wrapper.state_dict(), 'neck.', 'fpn.')
+    model, other = trained(updates=0)
+    other.load_state_dict(state)
+    (warning,) = (line for line in log if 'does not know' in line)
+    assert 'does not know 2 of 13 parameters, such as neck.weight' in warning
+    assert not other.optimizer.state.get(model.neck.weight)
+    assert other.optimizer.state[model.rpn_head.weight]
+    with pytest.raises(ValueError, match='knows none of .*load_from'):
+        other.load_state_dict(renamed(wrapper.state_dict(), '', 'old.'))
+
+
 def test_history_is_bounded(monkeypatch):
     monkeypatch.setattr('mmagvm.modulator.HISTORY_LENGTH', 3)
     _, wrapper = trained(updates=5)

@@ -9,6 +9,7 @@ from torch import nn
 from toy import make_batch, make_model, train, wrapper_cfg
 
 from mmagvm import AGVMOptimWrapper
+from mmagvm.grad_variance import Measurement
 
 
 def build(model=None, optimizer='SGD', accumulative_counts=2, **settings):
@@ -95,6 +96,30 @@ def test_sharding_wrappers_are_refused_by_name(name):
     model = type(name, (nn.Module,), {})()
     with pytest.raises(ValueError, match=f'does not support {name}'):
         build().initialize_count_status(model, 0, 10)
+    model.module = make_model()  # wrapped before the optimizer is built
+    with pytest.raises(ValueError, match=f'does not support {name}'):
+        build_optim_wrapper(model, wrapper_cfg())
+
+
+def test_sparse_gradients_are_refused():
+    model = make_model()
+    model.neck.embedding = nn.Embedding(2, 3, sparse=True)
+    wrapper = build_optim_wrapper(model, wrapper_cfg(accumulative_counts=2))
+    with pytest.raises(ValueError, match='sparse=False .*neck.embedding'):
+        wrapper.initialize_count_status(model, 0, 10)
+
+
+def test_noise_scale_outlives_another_batch():
+    """It is in images, whatever the number of them in a sample is."""
+    saved, resumed = build(), build()
+    saved.set_batch(dict(ranks=4, images_per_rank=2, accumulative_counts=3))
+    phi, signal, noise = (torch.full((6,), v) for v in (0.5, 2.0, 3.0))
+    saved.modulator.update(0, Measurement(phi, True, signal, noise))
+    assert saved.noise_scale['neck'] == pytest.approx(6 * 3 / 2)
+    resumed.load_state_dict(saved.state_dict())
+    resumed.set_batch(dict(ranks=1, images_per_rank=16, accumulative_counts=5))
+    assert resumed.noise_scale == pytest.approx(saved.noise_scale)
+    assert resumed.modulator.noise_scale['neck'] == pytest.approx(9 / 16)
 
 
 def test_optimizer_without_lr_is_refused():

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from mmengine.model import MMSeparateDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from oracle import Oracle
 from ranks import run_ranks
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks import (
+    default_hooks,
+    powerSGD_hook,
+)
 from torch.nn.parallel import DistributedDataParallel
 from toy import MODULES, make_batch, make_model, train, wrapper_cfg
 
@@ -215,6 +219,27 @@ def train_zero(rank, world_size, estimator):
     return before, wrapper.modulator.lr_scale, wrapper.modulator.measured
 
 
+def refuse_inexact_means(rank, world_size):
+    """Gradients that are not the mean of all ranks' after the reduction."""
+    model = make_model()
+    ddp = parallel(model)
+    ddp.register_comm_hook(
+        powerSGD_hook.PowerSGDState(None), powerSGD_hook.powerSGD_hook
+    )
+    with pytest.raises(ValueError, match='powerSGD_hook .*leave it out'):
+        train(ddp, build_optim_wrapper(model, wrapper_cfg()), 1, rank)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, ['neck.weight']
+    )
+    with pytest.raises(ValueError, match='ignore neck.weight.*freeze it'):
+        train(parallel(model), build_optim_wrapper(model, wrapper_cfg()), 1)
+    parts = MMSeparateDistributedDataParallel(
+        torch.nn.Sequential(make_model())
+    )
+    with pytest.raises(ValueError, match='is a MMSeparateDistributed'):
+        train(parts, build_optim_wrapper(model, wrapper_cfg()), 1, rank)
+
+
 def refuse_sharded_optimizer(rank, world_size):
     cfg = wrapper_cfg()
     cfg['optimizer'] = dict(
@@ -309,6 +334,7 @@ def run_all(rank, world_size):
     ]
     if world_size == 2:
         refuse_second_hook(rank, world_size)
+        refuse_inexact_means(rank, world_size)
         refuse_sharded_optimizer(rank, world_size)
     return results
 

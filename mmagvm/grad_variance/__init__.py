@@ -1,7 +1,7 @@
 """Estimators of the gradient variance; the only user of torch.distributed."""
 
 from .base import GradVariance, Measurement, has_second_moment
-from .build import ESTIMATORS, build_grad_variance
+from .build import ESTIMATORS, build_grad_variance, refuse_sharded_model
 from .ranks import COMM_HOOKS
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     'Measurement',
     'build_grad_variance',
     'has_second_moment',
+    'refuse_sharded_model',
 ]

@@ -24,6 +24,9 @@ SHARDED = (
     'MMDeepSpeedEngineWrapper',
     'FullyShardedDataParallel',
 )
+#: torch's modules of communication hooks that do not return the mean of the
+#: ranks' gradients.
+INEXACT_HOOKS = ('powerSGD_hook', 'post_localSGD_hook')
 
 
 def build_grad_variance(
@@ -47,10 +50,16 @@ def build_grad_variance(
     Raises:
         ValueError: AGVM cannot measure in this setting; says what can.
     """
-    _refuse_shards(optimizer, model)
+    refuse_sharded_model(model)
+    _refuse_sharded_state(optimizer)
+    _refuse_sparse_gradients(model)
     over_ranks, over_micro_batches = ESTIMATORS[estimator]
-    if isinstance(model, DistributedDataParallel):
+    # MMSeparateDistributedDataParallel is one by name only
+    if isinstance(model, DistributedDataParallel) and hasattr(
+        model, 'process_group'
+    ):
         if dist.get_world_size(model.process_group) > 1:
+            _refuse_inexact_means(model)
             return over_ranks(optimizer, modules, model, comm_hook)
     elif dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
@@ -68,7 +77,8 @@ def build_grad_variance(
     return over_micro_batches(optimizer, modules, accumulative_counts)
 
 
-def _refuse_shards(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+def refuse_sharded_model(model: nn.Module) -> None:
+    """Raise a ValueError if the model's wrapper keeps shards."""
     wrappers = {cls.__name__ for cls in type(model).__mro__}
     for name in SHARDED:
         if name in wrappers:
@@ -77,6 +87,41 @@ def _refuse_shards(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
                 'optimizer in shards of its own: train with '
                 'MMDistributedDataParallel'
             )
+
+
+def _refuse_inexact_means(model: DistributedDataParallel) -> None:
+    """Refuse what leaves a gradient that is not the mean over the ranks."""
+    for hook, _ in getattr(model, '_comm_hooks', ()):
+        if str(hook.__module__).rpartition('.')[2] in INEXACT_HOOKS:
+            raise ValueError(
+                'AGVM compares local gradients with their mean, and the '
+                f'communication hook {hook.__name__} returns something else: '
+                "leave it out, or set comm_hook='fp16' or 'bf16' in "
+                'optim_wrapper instead'
+            )
+    ignored = sorted(
+        name
+        for name, param in model.module.named_parameters()
+        if param.requires_grad and name in model.parameters_to_ignore
+    )
+    if ignored:
+        raise ValueError(
+            f'the model tells DistributedDataParallel to ignore {ignored[0]}, '
+            'so its gradient differs between ranks, and so would lr_scale: '
+            'freeze it (requires_grad=False), or let it be averaged'
+        )
+
+
+def _refuse_sparse_gradients(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
+            raise ValueError(
+                f'AGVM does not support sparse gradients: set sparse=False in '
+                f'the {type(layer).__name__} {name}'
+            )
+
+
+def _refuse_sharded_state(optimizer: torch.optim.Optimizer) -> None:
     groups = optimizer.param_groups
     if any(type(p).__name__ == 'DTensor' for g in groups for p in g['params']):
         raise ValueError(

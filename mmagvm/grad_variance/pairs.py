@@ -75,14 +75,15 @@ class Pairs(GradVariance):
         grads = self.unscaled(grads)
         if has_second_moment(group, state):
             moments = [exp_avg_sq(state, param) for param in params]
-            divisor = list(torch._foreach_sqrt(moments))
-            torch._foreach_add_(divisor, float(group['eps']))
+            # in place, as memory is at its peak in backward
+            modified = list(torch._foreach_sqrt(moments))
+            torch._foreach_add_(modified, float(group['eps']))
             # an element that had no gradient yet has no scale to be seen on
-            divisor = [
-                d.masked_fill(v == 0, torch.inf)
-                for d, v in zip(divisor, moments)
-            ]
-            grads = list(torch._foreach_div(grads, divisor))
+            for part, moment in zip(modified, moments):
+                part.masked_fill_(moment == 0, torch.inf)
+            torch._foreach_reciprocal_(modified)
+            torch._foreach_mul_(modified, grads)
+            grads = modified
         return squared_norms(grads)
 
 
