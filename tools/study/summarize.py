@@ -13,7 +13,7 @@ sys.path += [
 ]
 
 from markdown_report import fill  # noqa: E402
-from plan import by_run, plan  # noqa: E402
+from plan import by_run, is_tuned, plan  # noqa: E402
 from run_study import read_results  # noqa: E402
 from study_figures import draw_rates, draw_variance  # noqa: E402
 from study_tables import (  # noqa: E402
@@ -48,10 +48,12 @@ def main() -> None:
             f'{args.results}: no results: start tools/study/run_study.py'
         )
     done = by_run(study, results)
+    tuned = {run.cell.model for run in done if is_tuned(study, run.cell)}
     for model in dict.fromkeys(run.cell.model for run in done):
         fill(args.out, f'results {model}', results_table(study, done, model))
-        fill(args.out, f'tuning {model}', tuning_table(study, done, model))
         fill(args.out, f'variance {model}', variance_table(study, done, model))
+        if model in tuned:
+            fill(args.out, f'tuning {model}', tuning_table(study, done, model))
     fill(args.out, 'survival', survival_table(study, done))
     fill(args.out, 'gain', gain_table(study, done))
     fill(args.out, 'sides', sides_table(study, done))
