@@ -107,6 +107,8 @@ def test_sparse_gradients_are_refused():
     wrapper = build_optim_wrapper(model, wrapper_cfg(accumulative_counts=2))
     with pytest.raises(ValueError, match='sparse=False .*neck.embedding'):
         wrapper.initialize_count_status(model, 0, 10)
+    model.neck.embedding.requires_grad_(False)
+    wrapper.initialize_count_status(model, 0, 10)
 
 
 def test_noise_scale_outlives_another_batch():

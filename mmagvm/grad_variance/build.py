@@ -114,7 +114,11 @@ def _refuse_inexact_means(model: DistributedDataParallel) -> None:
 
 def _refuse_sparse_gradients(model: nn.Module) -> None:
     for name, layer in model.named_modules():
-        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
+        if (
+            isinstance(layer, (nn.Embedding, nn.EmbeddingBag))
+            and layer.sparse
+            and layer.weight.requires_grad
+        ):
             raise ValueError(
                 f'AGVM does not support sparse gradients: set sparse=False in '
                 f'the {type(layer).__name__} {name}'
