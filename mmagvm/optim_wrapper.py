@@ -17,8 +17,8 @@ from .grad_variance import (
     ESTIMATORS,
     GradVariance,
     build_grad_variance,
-    has_second_moment,
 )
+from .grad_variance.preconditioner import Preconditioner
 from .modulator import Modulator
 from .optim_state import regroup
 
@@ -43,9 +43,9 @@ class AGVMOptimWrapper(OptimWrapper):
     accumulation are fewer than iterations.
 
     Args:
-        optimizer: Any torch optimizer. One that keeps ``exp_avg_sq`` (Adam's
-            kin) is measured on Alg. 2's modified gradients, any other on raw
-            ones.
+        optimizer: Any torch optimizer. phi is measured on gradients as it
+            scales them, where that is known: Adam's family (Alg. 2) and SOAP;
+            on raw ones else, as for SGD, LARS and Muon.
         accumulative_counts: Micro-batches in an update. Defaults to 1.
         clip_grad: As in MMEngine; does not influence mu.
         interval: tau, updates between two measurements. Defaults to 10.
@@ -250,7 +250,7 @@ class AGVMOptimWrapper(OptimWrapper):
         if grad_variance is not None and grad_variance.measuring:
             measurement = grad_variance.measure(self._clip_divisor())
             self.modulator.update(self._update, measurement)
-            self._tell_raw()
+            self._tell_raw(grad_variance.preconditioner)
         with self._scaled_lr() if self.modulate else nullcontext():
             super().step(**kwargs)
         self._update += self._has_stepped()
@@ -270,10 +270,7 @@ class AGVMOptimWrapper(OptimWrapper):
             self._grad_variance is None
             or self.estimator != 'split'
             or 'max_norm' not in clip
-            or not any(
-                has_second_moment(group, self.optimizer.state)
-                for group in self.optimizer.param_groups
-            )
+            or not self._grad_variance.preconditioner.adaptive
         ):
             return None
         norm = self._grad_variance.grad_norm(float(clip.get('norm_type', 2)))
@@ -297,20 +294,18 @@ class AGVMOptimWrapper(OptimWrapper):
             for group, lr in zip(groups, saved):
                 group['lr'] = lr
 
-    def _tell_raw(self) -> None:
+    def _tell_raw(self, preconditioner: Preconditioner) -> None:
         """Say once if Alg. 2 might be expected but cannot be had."""
         state = self.optimizer.state
         if self._told_raw or not any(state.values()):
             return
         self._told_raw = True
         kept = set().union(*state.values()) - {'momentum_buffer'}
-        if kept and not any(
-            has_second_moment(group, state)
-            for group in self.optimizer.param_groups
-        ):
+        if kept and not preconditioner.adaptive:
             print_log(
-                f'AGVM: {type(self.optimizer).__name__} keeps {sorted(kept)} '
-                'but not exp_avg_sq: its variance is measured on raw '
+                f'AGVM: {type(self.optimizer).__name__} keeps '
+                f'{", ".join(sorted(kept))}, from which it is not known how '
+                'it scales gradients: its variance is measured on raw '
                 'gradients, as for SGD',
                 logger='current',
                 level=logging.INFO,

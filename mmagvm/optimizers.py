@@ -1,4 +1,4 @@
-"""LARS, LAMB and PMD-LAMB, over pytorch_optimizer where it is installed.
+"""LARS, LAMB, PMD-LAMB, SOAP and Muon, where pytorch_optimizer is installed.
 
 Importing this registers the names in either case; without the library they
 are refused when an optimizer is built, so that nobody else needs it.
@@ -7,7 +7,9 @@ are refused when an optimizer is built, so that nobody else needs it.
 from typing import TYPE_CHECKING, Any, Callable
 
 import torch
-from mmengine.registry import OPTIMIZERS
+
+# from here, where torch's own have been registered: they may be in the way
+from mmengine.optim import OPTIMIZERS
 
 try:
     import pytorch_optimizer
@@ -28,10 +30,17 @@ if pytorch_optimizer is None:
 
         return build
 
-    for _name in ('LARS', 'LAMB', 'PMDLAMB'):
-        OPTIMIZERS.register_module(name=_name, module=_refuse(_name))
+    for _name in ('LARS', 'LAMB', 'PMDLAMB', 'SOAP', 'Muon'):
+        if _name not in OPTIMIZERS.module_dict:  # torch's Muon may be
+            OPTIMIZERS.register_module(name=_name, module=_refuse(_name))
 
 else:
+    from .matrix_optimizers import SOAP, Muon
+
+    OPTIMIZERS.register_module(module=SOAP)
+    # torch 2.9 and later has one that takes nothing but matrices, so that no
+    # model of mmdet or mmseg can be trained with it
+    OPTIMIZERS.register_module(module=Muon, force=True)
 
     @OPTIMIZERS.register_module()
     class LARS(pytorch_optimizer.LARS):

@@ -1,6 +1,6 @@
 """Estimators of the gradient variance; the only user of torch.distributed."""
 
-from .base import GradVariance, Measurement, has_second_moment
+from .base import GradVariance, Measurement
 from .build import ESTIMATORS, build_grad_variance, refuse_sharded_model
 from .ranks import COMM_HOOKS
 
@@ -10,6 +10,5 @@ __all__ = [
     'GradVariance',
     'Measurement',
     'build_grad_variance',
-    'has_second_moment',
     'refuse_sharded_model',
 ]

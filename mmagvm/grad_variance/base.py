@@ -17,6 +17,8 @@ from typing import (
 import torch
 from torch import Tensor
 
+from .preconditioner import Preconditioner, find_preconditioner
+
 #: Bytes of gradients that are sent or computed on at once: what is computed
 #: of a module needs copies, which for all of it could exhaust the memory.
 SLICE = 25 * 2**20  # DistributedDataParallel's default
@@ -43,8 +45,8 @@ class GradVariance(ABC):
     computed, copied or sent.
 
     Args:
-        optimizer: Of all parameters; a group is measured on Alg. 2's modified
-            gradients if the optimizer keeps ``exp_avg_sq`` for it.
+        optimizer: Of all parameters, which are measured on gradients as its
+            preconditioner leaves them.
         modules: Index of each parameter group's module, 0 to h - 1.
     """
 
@@ -57,16 +59,24 @@ class GradVariance(ABC):
         self.optimizer = optimizer
         self.modules = list(modules)
         self.measuring = False
+        #: Of the update that is measured.
+        self.preconditioner: Preconditioner = find_preconditioner(optimizer)
         self._inverse_scale: Optional[Tensor] = None
 
+    @property
+    @abstractmethod
+    def can_measure(self) -> bool:
+        """Whether the optimizer's state allows it in this update."""
+
     def start(self, loss_scale: Optional[Tensor] = None) -> None:
-        """Collect during this update.
+        """Collect during this update, if the optimizer's state allows it.
 
         Args:
             loss_scale: By what a loss scaler multiplies all gradients of this
                 update, one number on their device. None for 1.
         """
-        self.measuring = True
+        self.preconditioner = find_preconditioner(self.optimizer)
+        self.measuring = self.can_measure
         self._inverse_scale = (
             None if loss_scale is None else loss_scale.reciprocal()
         )
@@ -177,26 +187,3 @@ def slices_with_grad(
     """A group's parameters that have a gradient, and those, in slices."""
     for params in slices([p for p in group['params'] if p.grad is not None]):
         yield params, [p.grad for p in params if p.grad is not None]
-
-
-def has_second_moment(group: Dict[str, Any], state: Dict[Tensor, Any]) -> bool:
-    """Whether the optimizer keeps Adam's second moment for a group.
-
-    Told from its state; before the first update, when there is none, from
-    whether it has Adam's coefficients. (Others, such as Adan's three, are of
-    a second moment of something else.)
-    """
-    if not {'betas', 'eps'} <= set(group) or len(group['betas']) != 2:
-        return False
-    if not any(state.values()):
-        return True
-    return any('exp_avg_sq' in values for values in state.values())
-
-
-def exp_avg_sq(state: Dict[Tensor, Any], param: Tensor) -> Tensor:
-    """v_{t-1} of a parameter, zero before its first update."""
-    values = state.get(param)  # get: optimizer.state makes entries on demand
-    if not values or 'exp_avg_sq' not in values:
-        return torch.zeros_like(param)
-    second_moment: Tensor = values['exp_avg_sq']
-    return second_moment

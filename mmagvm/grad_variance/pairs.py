@@ -13,33 +13,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..functional import pairs_noise, pairs_variance, squared_norms
-from .base import (
-    GradVariance,
-    Measurement,
-    exp_avg_sq,
-    has_second_moment,
-    slices_with_grad,
-)
+from .base import GradVariance, Measurement, slices_with_grad
 from .ranks import RankVariance
 
 
 class Pairs(GradVariance):
     """phi, and the noise scale, from r2 and g2.
 
-    Under an adaptive optimizer gradients are divided by the second moment
-    before this update, since this update's is not known before the average;
-    while there is none, :meth:`start` does nothing.
+    Gradients are preconditioned by the state before this update, since this
+    update's is not known before the average; while there is none, nothing is
+    measured.
     """
 
     #: W, how many samples are compared.
     samples: int
 
-    def start(self, loss_scale: Optional[Tensor] = None) -> None:
-        groups, state = self.optimizer.param_groups, self.optimizer.state
-        if any(state.values()) or not any(
-            has_second_moment(group, state) for group in groups
-        ):
-            super().start(loss_scale)
+    @property
+    def can_measure(self) -> bool:
+        return self.preconditioner.past_known
 
     @abstractmethod
     def local_squares(self) -> Tensor:
@@ -71,20 +62,8 @@ class Pairs(GradVariance):
         grads: List[Tensor],
     ) -> Tensor:
         """Squared norms of gradients of one group's parameters, (n,)."""
-        state = self.optimizer.state
         grads = self.unscaled(grads)
-        if has_second_moment(group, state):
-            moments = [exp_avg_sq(state, param) for param in params]
-            # in place, as memory is at its peak in backward
-            modified = list(torch._foreach_sqrt(moments))
-            torch._foreach_add_(modified, float(group['eps']))
-            # an element that had no gradient yet has no scale to be seen on
-            for part, moment in zip(modified, moments):
-                part.masked_fill_(moment == 0, torch.inf)
-            torch._foreach_reciprocal_(modified)
-            torch._foreach_mul_(modified, grads)
-            grads = modified
-        return squared_norms(grads)
+        return squared_norms(self.preconditioner.by_past(group, params, grads))
 
 
 class PairsRanks(Pairs, RankVariance):

@@ -11,20 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..functional import adam_divisor, half_batch_norms, split_variance
-from .base import (
-    GradVariance,
-    Measurement,
-    exp_avg_sq,
-    has_second_moment,
-    slices,
-    slices_with_grad,
-)
+from ..functional import half_batch_norms, split_variance
+from .base import GradVariance, Measurement, slices, slices_with_grad
 from .ranks import RankVariance
 
 
 class Split(GradVariance):
     """phi = 1 - cos(G1, G2), from S and D."""
+
+    @property
+    def can_measure(self) -> bool:
+        return self.preconditioner.present_known
 
     @abstractmethod
     def signed(self) -> Dict[Tensor, Tensor]:
@@ -32,7 +29,7 @@ class Split(GradVariance):
 
     def measure(self, clip: Optional[Tensor] = None) -> Measurement:
         self.measuring = False
-        signed, state = self.signed(), self.optimizer.state
+        signed = self.signed()
 
         def norms_of(group: Dict[str, Any]) -> Iterator[Tensor]:
             for params, totals in slices_with_grad(group):
@@ -40,15 +37,9 @@ class Split(GradVariance):
                 totals, signs = (
                     self.unscaled(part, clip) for part in (totals, signs)
                 )
-                if has_second_moment(group, state):
-                    divisor = adam_divisor(
-                        totals,
-                        [exp_avg_sq(state, p) for p in params],
-                        float(group['betas'][1]),
-                        float(group['eps']),
-                    )
-                    totals = list(torch._foreach_div(totals, divisor))
-                    signs = list(torch._foreach_div(signs, divisor))
+                totals, signs = self.preconditioner.by_present(
+                    group, params, totals, signs
+                )
                 yield half_batch_norms(totals, signs)
 
         norms = self.sum_by_module(norms_of).cpu()

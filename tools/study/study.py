@@ -201,6 +201,22 @@ methods = dict(
     ),
 )
 
+# whole matrices, on AdamW's scale of rates; the same weight decay as AdamW's
+soap = dict(
+    type='SOAP',
+    betas=(0.95, 0.95),
+    weight_decay=0.05,
+    precondition_frequency=5,
+)
+muon = dict(type='Muon', momentum=0.95, betas=(0.9, 0.95), weight_decay=0.05)
+matrix_rates = [4e-3, 8e-3, 1.6e-2]
+methods.update(
+    soap=dict(optimizer=soap, modulate=False, rates=matrix_rates),
+    agvm_soap=dict(optimizer=soap, modulate=True, rates=matrix_rates),
+    muon=dict(optimizer=muon, modulate=False, rates=matrix_rates),
+    agvm_muon=dict(optimizer=muon, modulate=True, rates=matrix_rates),
+)
+
 # -- changes to a run, by name: what is merged into its config
 variants = dict(
     no_fpn=dict(
@@ -260,6 +276,8 @@ tune_seed = 0
 both = ['sgd', 'agvm_sgd']
 layerwise = ['lars', 'lamb', 'pmd_lamb']
 adaptive = ['adamw', 'agvm_adamw']
+matrix = ['soap', 'muon']
+agvm_matrix = ['agvm_soap', 'agvm_muon']
 # SGD's tuned rate at 32 and 256: at AGVM's own, seeds differ by more than
 # settings
 stable_rates = [0.113]
@@ -451,10 +469,52 @@ stages = [
         seeds=[0, 1, 2],
     ),
     dict(
-        name='AGVM+AdamW at the reference batch',
+        name='SOAP and Muon at a large batch',
         models=['faster_rcnn'],
-        methods=['agvm_adamw'],
+        methods=matrix,
+        batch_sizes=[256],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='SOAP and Muon at the reference batch',
+        models=['faster_rcnn'],
+        methods=matrix,
         batch_sizes=[32],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='SOAP and Muon with AGVM at a large batch',
+        models=['faster_rcnn'],
+        methods=agvm_matrix,
+        batch_sizes=[256],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='SOAP and Muon at larger batches',
+        models=['faster_rcnn'],
+        methods=matrix,
+        batch_sizes=[512, 1024],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='AdamW and SGD at larger batches',
+        models=['faster_rcnn'],
+        methods=['adamw', 'sgd'],
+        batch_sizes=[512, 1024],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='AGVM with what is adaptive, at the reference batch',
+        models=['faster_rcnn'],
+        methods=[*agvm_matrix, 'agvm_adamw'],
+        batch_sizes=[32],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='AGVM and PMD-LAMB at larger batches',
+        models=['faster_rcnn'],
+        methods=['agvm_soap', 'agvm_sgd', 'pmd_lamb'],
+        batch_sizes=[512, 1024],
         seeds=[0, 1, 2],
     ),
     dict(

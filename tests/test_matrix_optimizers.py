@@ -1,0 +1,337 @@
+"""SOAP and Muon: their steps, what they take, and work that ranks share.
+
+1. Cutting work into parts, and weights into matrices and the rest.
+2. Steps against the library's own SOAP, and Muon's written out.
+3. Ranks: the same bits on all of them, and as a process alone has them.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import OPTIMIZERS
+from ranks import run_ranks
+from torch import nn
+
+from mmagvm.shared_work import balance, share
+
+pytorch_optimizer = pytest.importorskip('pytorch_optimizer')
+from mmagvm.matrix_optimizers import (  # noqa: E402
+    is_matrix,
+    orthogonalize,
+    split_matrices,
+)
+
+NAMES = ('SOAP', 'Muon')
+UPDATES = 12
+
+
+def make_net(dtype=torch.float64):
+    """Every kind of weight that mmdet's and mmseg's models have."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, groups=8),  # depthwise
+        nn.Conv2d(8, 6, 1, bias=False),
+        nn.Flatten(),
+        nn.Linear(6 * 16, 5),
+    )
+    net.position = nn.Parameter(torch.randn(1, 5))
+    net.unused = nn.Parameter(torch.randn(4, 3))
+    net.late = nn.Linear(5, 5)
+    return net.to(dtype)
+
+
+def train(net, optimizer, updates=UPDATES, start=0, late=3):
+    """Weights of ``net.late`` have their first gradient in update ``late``."""
+    for update in range(start, updates):
+        generator = torch.Generator().manual_seed(update)
+        images = torch.randn(9, 3, 8, 8, generator=generator)
+        found = net(images.to(net.position.dtype)) + net.position
+        if update >= late:
+            found = found + net.late(found)
+        optimizer.zero_grad()
+        (found - 1).square().mean().backward()
+        optimizer.step()
+
+
+def trained(name, **options):
+    net = make_net(options.pop('dtype', torch.float64))
+    late = options.pop('late', 3)
+    optimizer = OPTIMIZERS.build(
+        dict(type=name, params=net.parameters(), lr=0.01, **options)
+    )
+    train(net, optimizer, late=late)
+    return net, optimizer
+
+
+def assert_equal(ours, theirs):
+    for (name, weight), other in zip(
+        ours.state_dict().items(), theirs.state_dict().values()
+    ):
+        assert torch.equal(weight, other), name
+
+
+# -- parts of the work
+
+
+@pytest.mark.parametrize(
+    'costs, parts, expected',
+    [
+        ([], 2, [[], []]),
+        ([5.0], 2, [[0], []]),
+        ([1.0, 1.0, 1.0, 1.0], 2, [[0, 2], [1, 3]]),
+        ([1.0, 9.0, 2.0, 3.0, 2.0], 2, [[1], [0, 2, 3, 4]]),
+        ([3.0, 3.0, 2.0, 2.0, 2.0], 2, [[0, 2, 4], [1, 3]]),
+    ],
+)
+def test_work_is_cut_into_parts_that_cost_alike(costs, parts, expected):
+    assert balance(costs, parts) == expected
+
+
+@pytest.mark.parametrize(
+    'shape, matrix',
+    [
+        ((), False),
+        ((7,), False),
+        ((4, 3), True),
+        ((8, 3, 3, 3), True),
+        ((8, 1, 3, 3), True),  # depthwise
+        ((1, 5), False),  # a single row, such as a position embedding
+        ((5, 1), False),
+        ((1, 6, 1, 1), False),
+    ],
+)
+def test_what_has_rows_and_columns_is_a_matrix(shape, matrix):
+    assert is_matrix(torch.zeros(shape)) is matrix
+
+
+def test_groups_are_split_with_the_lists_beside_their_weights():
+    weight, bias = torch.ones(3, 2), torch.ones(3)
+    queries, scale = torch.ones(9, 4), torch.ones(1)
+    groups = split_matrices(
+        [
+            dict(params=[bias, weight], param_names=['b', 'w'], module='neck'),
+            dict(params=[queries], use_muon=False, lr=0.1),
+            dict(params=scale),
+        ]
+    )
+    assert [(g['use_muon'], g.get('param_names')) for g in groups] == [
+        (True, ['w']),
+        (False, ['b']),
+        (False, None),
+        (False, None),
+    ]
+    assert [g['params'][0] is p for g, p in zip(groups, (weight, bias))]
+    assert [g.get('module') for g in groups[:2]] == ['neck', 'neck']
+    assert groups[2]['params'][0] is queries and groups[2]['lr'] == 0.1
+
+
+def test_a_vector_that_is_called_a_matrix_is_refused():
+    with pytest.raises(ValueError, match=r'shape \(3,\).*leave use_muon out'):
+        split_matrices([dict(params=[torch.ones(3)], use_muon=True)])
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_steps_one_by_one_are_refused(name):
+    with pytest.raises(ValueError, match='foreach=False.*leave it out'):
+        trained(name, foreach=False)
+
+
+# -- steps
+
+
+@pytest.mark.parametrize('frequency', [1, 4])
+def test_soap_steps_as_the_library_does(frequency):
+    options = dict(precondition_frequency=frequency, weight_decay=0.05)
+    # the library decomposes in float32, whatever the weights are, and renews
+    # a basis that comes late at once, if it is time
+    dtype = torch.float32
+    ours, _ = trained('SOAP', foreach=True, dtype=dtype, late=0, **options)
+    theirs = make_net(dtype)
+    train(
+        theirs,
+        pytorch_optimizer.SOAP(theirs.parameters(), lr=0.01, **options),
+        late=0,
+    )
+    for name, weight in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], weight)
+
+
+def test_soap_on_vectors_is_adamw_one_update_later():
+    """With one decay for both moments, as SOAP has by default."""
+    ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    soap = OPTIMIZERS.build(
+        dict(type='SOAP', params=[ours], lr=0.01, weight_decay=0.0)
+    )
+    adamw = torch.optim.AdamW(
+        [theirs], lr=0.01, betas=(0.95, 0.95), weight_decay=0.0
+    )
+    for update in range(6):
+        grad = torch.randn(5, generator=torch.Generator().manual_seed(update))
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        soap.step()
+        if update:
+            adamw.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_muon_steps_as_it_is_defined():
+    net, optimizer = trained('Muon', weight_decay=0.05)
+    theirs = make_net()
+    matrices = [p for p in theirs.parameters() if is_matrix(p)]
+    rest = [p for p in theirs.parameters() if not is_matrix(p)]
+    adamw = torch.optim.AdamW(
+        rest, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05
+    )
+    momenta = [torch.zeros_like(p) for p in matrices]
+
+    class ByHand:
+        zero_grad = staticmethod(lambda: theirs.zero_grad(set_to_none=True))
+
+        @staticmethod
+        @torch.no_grad()
+        def step():
+            adamw.step()
+            for m, p in zip(momenta, matrices):
+                if p.grad is None:
+                    continue
+                p *= 1 - 0.01 * 0.05
+                m.mul_(0.95).add_(p.grad, alpha=0.05)
+                u = 0.95 * m + 0.05 * p.grad
+                x = u.flatten(1).float()
+                x = x / x.norm()
+                for _ in range(5):
+                    a = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                size = 0.2 * math.sqrt(max(x.shape))
+                p -= 0.01 * size * x.view(p.shape)
+
+    train(theirs, ByHand)
+    for name, weight in theirs.state_dict().items():
+        if name in ('0.bias', '2.bias'):
+            continue  # what batch norm cancels has no gradient but rounding
+        torch.testing.assert_close(
+            net.state_dict()[name], weight, rtol=1e-3, atol=2e-4
+        )
+    assert not torch.equal(net.late.weight, make_net().late.weight)
+
+
+def test_orthogonal_factors_have_singular_values_near_one():
+    torch.manual_seed(0)
+    matrices = [torch.randn(6, 2, 3), torch.randn(6, 6), torch.randn(9, 4)]
+    for matrix, factor in zip(matrices, orthogonalize(matrices, [5, 5, 9])):
+        u, s, v = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
+        found = torch.linalg.svdvals(factor)
+        assert ((0.6 < found) & (found < 1.3)).all()
+        # the same singular vectors
+        inside = u.T @ factor @ v.T
+        torch.testing.assert_close(
+            inside, torch.diag(inside.diagonal()), rtol=0, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_groups_can_differ_in_rate_and_decay(name):
+    net = make_net()
+    wrapper = build_optim_wrapper(
+        net,
+        dict(
+            type='OptimWrapper',
+            optimizer=dict(type=name, lr=0.01, weight_decay=0.05),
+            paramwise_cfg=dict(
+                norm_decay_mult=0.0,
+                custom_keys={
+                    '5': dict(lr_mult=0.0, decay_mult=0.0),
+                    '3': dict(use_muon=False) if name == 'Muon' else {},
+                },
+            ),
+        ),
+    )
+    train(net, wrapper.optimizer, 4)
+    assert torch.equal(net[5].weight, make_net()[5].weight)
+    assert not torch.equal(net[0].weight, make_net()[0].weight)
+    if name == 'Muon':
+        state = wrapper.optimizer.state
+        assert set(state[net[3].weight]) == {'exp_avg', 'exp_avg_sq'}
+        assert set(state[net[0].weight]) == {'momentum_buffer'}
+        assert set(state[net.position]) == {'exp_avg', 'exp_avg_sq'}
+
+
+# -- ranks
+
+
+def share_everything(rank, ranks):
+    """Which jobs this rank did, and what it got."""
+    done = []
+
+    def do(jobs):
+        done.extend(jobs)
+        return [
+            [torch.full((job + 1, 2), float(job)), torch.full((3,), -job)]
+            for job in jobs
+        ]
+
+    results = share(
+        [1.0, 4.0, 2.0],
+        [[(job + 1, 2), (3,)] for job in range(3)],
+        torch.empty(0),
+        do,
+    )
+    nothing = share([], [], torch.empty(0), do)
+    return done, results, nothing
+
+
+def count_gathered(name):
+    """Bytes that a rank hands to all_gather, in each update."""
+    all_gather, sent = dist.all_gather, []
+
+    def counting(tensors, tensor, *args, **kwargs):
+        sent.append(tensor.numel())
+        return all_gather(tensors, tensor, *args, **kwargs)
+
+    dist.all_gather = counting
+    try:
+        trained(name)
+    finally:
+        dist.all_gather = all_gather
+    return len(sent)
+
+
+def rank_work(rank, ranks):
+    nets = {
+        name: trained(name, **options)[0].state_dict()
+        for name, options in (
+            ('SOAP', dict(precondition_frequency=3)),
+            ('Muon', {}),
+        )
+    }
+    return share_everything(rank, ranks), nets, count_gathered('Muon')
+
+
+@pytest.mark.parametrize('ranks', [2, 3])
+def test_ranks_share_the_work_and_lose_no_bit(ranks):
+    results = run_ranks(ranks, rank_work)
+    jobs = [done for (done, _, _), _, _ in results]
+    assert sorted(sum(jobs, [])) == [0, 1, 2]  # each once, by somebody
+    for (_, shared, nothing), nets, gathers in results:
+        assert nothing == []
+        assert gathers == UPDATES  # one for all matrices
+        for job, (first, second) in enumerate(shared):
+            assert torch.equal(first, torch.full((job + 1, 2), float(job)))
+            assert torch.equal(second, torch.full((3,), float(-job)))
+        for name, weights in nets.items():
+            for key, weight in weights.items():
+                assert torch.equal(weight, results[0][1][name][key]), key
+    alone, _ = trained('SOAP', precondition_frequency=3)
+    for key, weight in alone.state_dict().items():
+        assert torch.equal(weight, results[0][1]['SOAP'][key]), key
+    alone, _ = trained('Muon')
+    for key, weight in alone.state_dict().items():
+        # one matrix rounds otherwise than several of a shape at once
+        torch.testing.assert_close(
+            weight, results[0][1]['Muon'][key], rtol=1e-4, atol=1e-5
+        )
