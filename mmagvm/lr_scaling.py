@@ -36,7 +36,12 @@ class LRRule:
     def __str__(self) -> str:
         return (
             f'{self.base_lr:g} at {self.base_batch_size}, linear up to '
-            f'{self.knee}, then x {self.growth:.3f} per doubling'
+            f'{self.knee}, then '
+            + (
+                'constant'
+                if self.growth == 1
+                else f'x {self.growth:.3f} per doubling'
+            )
         )
 
 
@@ -45,6 +50,14 @@ RULES: Dict[Tuple[str, str], LRRule] = {
     ('SGD', 'COCO'): LRRule(0.02, 16, 128, math.sqrt(2)),
     ('SGD', 'ADE20K'): LRRule(0.01, 32, 256, math.sqrt(2)),
     ('AdamW', 'COCO'): LRRule(2e-4, 32, 128, math.sqrt(1.5)),
+}
+
+#: This project's own, by optimizer: not in the paper, not run on COCO. In the
+#: study (docs/evidence.md) the best rates are these multiples of AdamW's best
+#: one at batch 32, which for COCO is the paper's.
+STUDY_RULES: Dict[str, LRRule] = {
+    'SOAP': LRRule(2.83e-4, 32, 128, 1.0),
+    'Muon': LRRule(2.83e-4, 32, 128, 1.0),
 }
 
 
@@ -194,6 +207,8 @@ RECIPES: Dict[str, Recipe] = {
     'faster_rcnn/lamb': replace(
         _ADAMW, rule=LRRule(1.25e-3, 32, 32, math.sqrt(2)), printed={}
     ),
+    # this project's own, not in the paper; the schedule is AdamW's
+    'faster_rcnn/soap': replace(_ADAMW, rule=STUDY_RULES['SOAP'], printed={}),
     'faster_rcnn/swin': _SWIN,
     # the official code takes A.5.1's best rate of batch 512
     'faster_rcnn/align': replace(

@@ -28,8 +28,8 @@ class SOAP(pytorch_optimizer.SOAP):
     its k dimensions
 
         S_i <- beta2 S_i + (1 - beta2) g_(i) g_(i)^T
-        Q_i <- the eigenvectors of S_i, renewed every ``precondition_frequency``
-               updates by one step of power iteration and a QR decomposition
+        Q_i <- the eigenvectors of S_i, every ``precondition_frequency``
+               updates, by a step of power iteration and a QR decomposition
 
     where g_(i) is (n_i, product of the others). Adam's moments are those of g
     rotated by Q_1, ..., Q_k, and its step is rotated back. Scalars and

@@ -94,6 +94,7 @@ class Case:
             ('align', self.align),
             ('swin', self.backbone == 'swin-t'),
             ('lamb', 'lamb' in self.tags),
+            ('soap', 'soap' in self.tags),
             ('adamw', 'adamw' in self.tags),
             ('lars', 'lars' in self.tags),
             ('long', folder == 'megdet' and self.length == '18e'),
@@ -109,7 +110,11 @@ class Case:
         return next(
             (
                 optimizer
-                for tag, optimizer in (('adamw', 'AdamW'), ('lars', 'LARS'))
+                for tag, optimizer in (
+                    ('adamw', 'AdamW'),
+                    ('lars', 'LARS'),
+                    ('soap', 'SOAP'),
+                )
                 if tag in self.tags
             ),
             'SGD',
@@ -169,6 +174,10 @@ def test_every_recipe_has_its_config_and_no_other():
         *grid(
             *('faster_rcnn', 'faster-rcnn', 'r50_fpn', '12e', (*coco, 1536)),
             (*adam, 'lamb', 'pmd-lamb'),
+        ),
+        *grid(
+            *('faster_rcnn', 'faster-rcnn', 'r50_fpn', '12e', coco[1:]),
+            ('soap', 'agvm-soap'),
         ),
         *grid('faster_rcnn', 'faster-rcnn', 'swin-t_fpn', '12e', coco, adam),
         *grid(*align, (32, 256, 512), ('',)),
@@ -253,7 +262,7 @@ def test_optimizer_follows_from_the_recipe(case):
         rel=0.2 if case.align else 0.021,
     )
     decay = 5e-4 if case.folder == 'sem_fpn' else 1e-4
-    if case.optimizer in ('AdamW', 'LAMB', 'PMDLAMB'):
+    if case.optimizer in ('AdamW', 'LAMB', 'PMDLAMB', 'SOAP'):
         decay = 0.05
     assert optimizer.weight_decay == decay
     if case.optimizer in ('SGD', 'LARS'):
@@ -538,6 +547,10 @@ SECTIONS = {
     ('faster_rcnn', 'LAMB'): (
         'faster_rcnn/lamb',
         {**dict.fromkeys((32, 256, 512, 1024), '- -'), 1536: '33.2 -'},
+    ),
+    ('faster_rcnn', 'SOAP'): (
+        'faster_rcnn/soap',
+        dict.fromkeys((256, 512, 1024), '- -'),
     ),
     ('faster_rcnn', 'Swin-T'): (
         'faster_rcnn/swin',

@@ -251,6 +251,8 @@ train_dataloader = dict(dataset=dict(
         ('AdamW', 1.2e-3, 0.05, True),
         ('LAMB', 5e-3, 0.05, False),
         ('LARS', 0.32, 1e-4, False),
+        ('SOAP', 1.13e-3, 0.05, False),
+        ('Muon', 1.13e-3, 0.05, False),
     ],
 )
 def test_optimizer_is_changed(make, optimizer, lr, decay, paper):
@@ -268,6 +270,49 @@ def test_optimizer_is_changed(make, optimizer, lr, decay, paper):
     clipped = cfg.optim_wrapper.get('clip_grad')
     assert clipped == (None if optimizer == 'LARS' else dict(max_norm=1.0))
     assert ('not in the paper' in printed) != paper
+
+
+def test_soap_takes_the_originals_rate_for_what_it_is_to_adamw(make, own):
+    pytest.importorskip('pytorch_optimizer')
+    lines = (
+        "optim_wrapper = dict(optimizer=dict(_delete_=True, type='AdamW', "
+        'lr=2e-4, weight_decay=0.05))'
+    )
+    cfg, _, printed = make(
+        *(own(lines=lines), '--batch-size', 256, '--gpus', 16),
+        *('--optimizer', 'SOAP'),
+    )
+    # at 16 the paper's rule for AdamW has 1e-4
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(2 * 1.13e-3, 2e-3)
+    assert 'times 2, as its 0.0002 at 16 is to the 0.0001' in printed
+    assert 'not known on COCO' in printed
+    # and on from there
+    recipe = (
+        TOOL.parents[2]
+        / 'configs/faster_rcnn/faster-rcnn_r50_fpn_16xb16-soap-12e_coco.py'
+    )
+    cfg, _, printed = make(recipe, '--batch-size', 1024, '--gpus', 64)
+    assert cfg.optim_wrapper.optimizer.lr == 1.13e-3
+    assert "this project's rule, by its study" in printed
+
+
+def test_sources_that_disagree_on_the_batch_are_refused(make, tmp_path):
+    rtmdet = 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'
+    with pytest.raises(
+        SystemExit,
+        match='base_batch_size is 16, but the name rtmdet_tiny_8xb32-300e'
+        '_coco.py says 256: give --base-batch-size 16 or 256',
+    ):
+        make(rtmdet, '--batch-size', 512, '--gpus', 32)
+    assert not (tmp_path / 'out.py').exists()
+    cfg, _, _ = make(
+        *(rtmdet, '--batch-size', 512, '--gpus', 32),
+        *('--base-batch-size', 256),
+    )
+    # once x sqrt(1.5) from 256 to 512
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(
+        4e-3 * 1.5**0.5, 1e-3
+    )
 
 
 def test_recipe_of_this_project_is_reproduced(make):

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 from torch import nn
 
-from mmagvm.lr_scaling import COCO_IMAGES, RECIPES, Recipe
+from mmagvm.lr_scaling import COCO_IMAGES, RECIPES, STUDY_RULES, Recipe
 
 #: Images of data sets that need not lie here: class, and file of ann_file or,
 #: without one, last folder of data_prefix's images.
@@ -63,13 +63,13 @@ def _find_batch(name: str, cfg: Config) -> Tuple[int, str]:
         if rule and int(rule[2]) == images:
             named = int(rule[1]) * images, f'the name {Path(path).name}'
     if given:
-        source = 'its auto_scale_lr.base_batch_size'
         if named and named[0] != given:
-            source += (
-                f', though {named[1]} says {named[0]}; if that is right, give '
-                f'--base-batch-size {named[0]}'
+            refuse(
+                f"the config's auto_scale_lr.base_batch_size is {given}, but "
+                f'{named[1]} says {named[0]}: give --base-batch-size {given} '
+                f'or {named[0]}, whichever its learning rate is for'
             )
-        return int(given), source
+        return int(given), 'its auto_scale_lr.base_batch_size'
     if named:
         return named
     return 8 * images, (
@@ -146,8 +146,10 @@ def is_iteration_based(train_cfg: Dict[str, Any]) -> bool:
     return 'max_iters' in train_cfg
 
 
-def is_adam(optimizer: str) -> bool:
-    return 'adam' in optimizer.lower() or 'lamb' in optimizer.lower()
+def is_adaptive(optimizer: str) -> bool:
+    """Whether an optimizer is scheduled as AdamW is."""
+    name = optimizer.lower()
+    return 'adam' in name or 'lamb' in name or optimizer in STUDY_RULES
 
 
 def recipe_of(optimizer: str, train_cfg: Dict[str, Any]) -> Recipe:
@@ -159,5 +161,5 @@ def recipe_of(optimizer: str, train_cfg: Dict[str, Any]) -> Recipe:
     if is_iteration_based(train_cfg):
         return RECIPES['sem_fpn']
     return RECIPES[
-        'faster_rcnn/adamw' if is_adam(optimizer) else 'faster_rcnn'
+        'faster_rcnn/adamw' if is_adaptive(optimizer) else 'faster_rcnn'
     ]

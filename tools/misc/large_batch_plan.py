@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from config_utils import (
     count_images,
-    is_adam,
+    is_adaptive,
     is_iteration_based,
     recipe_of,
     refuse,
@@ -18,6 +18,7 @@ from mmagvm.lr_scaling import (
     MEASURING_DELAY,
     RECIPES,
     RULES,
+    STUDY_RULES,
     LRRule,
     Recipe,
     at,
@@ -36,9 +37,9 @@ CONSTRUCTORS = (
     'DefaultOptimWrapperConstructor',
     'AGVMOptimWrapperConstructor',
 )
-#: Optimizers to change to: whose rule gives the rate where no recipe of their
-#: own does, and their options. Of these only SGD and AdamW have a learning
-#: rate in the paper.
+#: Optimizers to change to: whose rule gives the rate where there is none of
+#: their own, and their options. Of these only SGD and AdamW have a learning
+#: rate in the paper; SOAP and Muon have one by this project's study.
 OPTIONS: Dict[str, Tuple[str, Dict[str, float]]] = {
     'SGD': ('SGD', dict(momentum=0.9, weight_decay=1e-4)),
     'LARS': (
@@ -48,7 +49,14 @@ OPTIONS: Dict[str, Tuple[str, Dict[str, float]]] = {
     'AdamW': ('AdamW', dict(weight_decay=0.05)),
     'LAMB': ('AdamW', dict(weight_decay=0.05)),
     'PMDLAMB': ('AdamW', dict(weight_decay=0.05)),
+    'SOAP': ('AdamW', dict(weight_decay=0.05, precondition_frequency=5)),
+    'Muon': ('AdamW', dict(weight_decay=0.05)),
 }
+#: What is known of the rates of SOAP and Muon.
+BY_STUDY = (
+    "this project's rule, by its study of small detectors; not in the paper, "
+    'and not known on COCO: try half and twice of it'
+)
 #: Of LAMB and PMD-LAMB: a guess, and the same as that of the recipes.
 LAMB_RULE = RECIPES['faster_rcnn/lamb'].rule
 #: MMEngine's default interval of LoggerHook, in iterations.
@@ -203,22 +211,7 @@ def plan_optimizer(
             f'{rule.growth:.3f} per doubling ({origin})'
         )
     else:
-        like, options = OPTIONS[name]
-        if like == 'SGD' and 'ADE20K' in data:
-            options = dict(options, weight_decay=5e-4)
-        _, reference = find_rule(like, data)
-        rule = reference or RULES[like, 'COCO']
-        if 'LAMB' in name:
-            rule = LAMB_RULE
-        change = dict(
-            _delete_=True, type=name, lr=rounded(rule(batch.size)), **options
-        )
-        paper = like == name and reference is not None
-        reason = (
-            f'{optimizer["type"]} -> {name} with learning rate '
-            f'{change["lr"]:g}: {rule}'
-            f'{"" if paper else " (not in the paper: try others)"}'
-        )
+        change, reason = another_optimizer(optimizer, name, batch, data)
     result.diff['optim_wrapper'] = dict(optimizer=change)
     result.because(reason)
     # or --auto-scale-lr would scale once more; MMEngine compares it with a
@@ -228,14 +221,47 @@ def plan_optimizer(
     )
 
 
+def another_optimizer(
+    old: Dict[str, Any], name: str, batch: Batch, data: str
+) -> Tuple[Dict[str, Any], str]:
+    """The config of an optimizer that the original does not have, and why."""
+    like, options = OPTIONS[name]
+    if like == 'SGD' and 'ADE20K' in data:
+        options = dict(options, weight_decay=5e-4)
+    _, papers = find_rule(like, data)
+    usual = papers or RULES[like, 'COCO']
+    rule, known = usual, 'not in the paper: try others'
+    if like == name and papers is not None:
+        known = "the paper's"
+    elif 'LAMB' in name:
+        rule = LAMB_RULE
+    elif name in STUDY_RULES:
+        rule, known = STUDY_RULES[name], BY_STUDY
+    lr = rule(batch.size)
+    if name in STUDY_RULES and old['type'] == like and old.get('lr'):
+        # the rule is of multiples of AdamW's rate
+        times = old['lr'] / usual(batch.base)
+        lr *= times
+        known = (
+            f'times {times:.3g}, as its {old["lr"]:g} at {batch.base} is to '
+            f"the {usual(batch.base):.3g} of the paper's rule; {known}"
+        )
+    return dict(_delete_=True, type=name, lr=rounded(lr), **options), (
+        f'{old["type"]} -> {name} with learning rate {rounded(lr):g}: {rule} '
+        f'({known})'
+    )
+
+
 def rule_of(optimizer: str, dataset: str) -> Tuple[LRRule, str]:
     """How the rate grows, and where that is from."""
     _, rule = find_rule(optimizer, dataset)
     if rule is not None:
         return rule, "the paper's rule"
+    if optimizer in STUDY_RULES:
+        return STUDY_RULES[optimizer], BY_STUDY
     if 'LAMB' in optimizer:
         return LAMB_RULE, "that of this project's recipes, not in the paper"
-    like = 'AdamW' if is_adam(optimizer) else 'SGD'
+    like = 'AdamW' if is_adaptive(optimizer) else 'SGD'
     return (
         find_rule(like, dataset)[1] or RULES[like, 'COCO'],
         f'as {like}, the paper has no rule for {optimizer} here',

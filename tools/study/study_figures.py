@@ -4,21 +4,40 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 
 import numpy as np
-from figures import COLOURS, DASHES, PAGE, TEXT, plt
-from plan import Cell, Done, best_rate
-from study_results import cells_of, on_images, series
+from figures import COLOURS, DASHES, MARKERS, PAGE, TEXT, plt
+from plan import Cell, Done, best_rate, is_tuned
+from study_results import cells_of, ended, finals, on_images, on_test, series
 
 #: What is shown.
 SHOWN = 'faster_rcnn'
 COMPARED = dict(sgd='SGD', agvm_sgd='AGVM')
+#: Drawn against the batch size, in this order.
+METHODS = dict(
+    soap='SOAP',
+    muon='Muon',
+    adamw='AdamW',
+    pmd_lamb='PMD-LAMB',
+    lamb='LAMB',
+    sgd='SGD',
+    lars='LARS',
+    agvm_soap='AGVM + SOAP',
+    agvm_muon='AGVM + Muon',
+    agvm_adamw='AGVM + AdamW',
+    agvm_sgd='AGVM + SGD',
+)
 
 
 def draw_variance(study: Mapping[str, Any], done: Done, file: Path) -> None:
     """Variance by module over the training: small batch, large, and AGVM."""
-    largest = max(
-        cell.batch_size for cell in cells_of(study, done) if not cell.variant
-    )
-    smallest = min(cell.batch_size for cell in cells_of(study, done))
+    sizes = [
+        cell.batch_size
+        for cell in cells_of(study, done)
+        if cell == Cell(SHOWN, 'agvm_sgd', cell.batch_size)
+        and finals(study, done, cell)
+    ]
+    if not sizes:
+        return
+    smallest, largest = min(sizes), max(sizes)
     panels = [('sgd', smallest), ('sgd', largest), ('agvm_sgd', largest)]
     epochs = study['training']['epochs']
     with plt.rc_context(TEXT):
@@ -59,6 +78,53 @@ def draw_variance(study: Mapping[str, Any], done: Done, file: Path) -> None:
         axes[0].set_ylabel(r'gradient variance $\mu^2 \phi$')
         axes[0].set_ylim(bottom=0)
         save(figure, axes, file)
+
+
+def draw_batch_sizes(study: Mapping[str, Any], done: Done, file: Path) -> None:
+    """Test metric against the batch size, a line for each method.
+
+    At each tuned rate: the mean over seeds, and their range as a bar.
+    """
+    with plt.rc_context(TEXT):
+        figure, axis = plt.subplots(figsize=(PAGE, 3.2))
+        ticks = set()
+        for index, (method, label) in enumerate(METHODS.items()):
+            found: Dict[int, List[float]] = {}
+            for cell in cells_of(study, done):
+                if cell == Cell(SHOWN, method, cell.batch_size) and is_tuned(
+                    study, cell
+                ):
+                    results = filter(ended, finals(study, done, cell))
+                    found[cell.batch_size] = [on_test(r) for r in results]
+            points = [(s, v) for s, v in sorted(found.items()) if v]
+            if not points:
+                continue
+            sizes = np.array([size for size, _ in points], dtype=float)
+            means = np.array([np.mean(values) for _, values in points])
+            ends = np.array([(min(v), max(v)) for _, v in points])
+            ticks.update(sizes)
+            axis.errorbar(
+                # beside those of other methods
+                sizes * 2 ** (0.03 * (index - len(METHODS) / 2)),
+                means,
+                yerr=np.abs(ends - means[:, None]).T,
+                color=COLOURS[index % len(COLOURS)],
+                linestyle=DASHES[index % len(DASHES)],
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=4,
+                linewidth=1.2,
+                elinewidth=0.8,
+                label=label,
+            )
+        axis.set_xscale('log', base=2)
+        axis.set_xticks(
+            sorted(ticks), [f'{int(size)}' for size in sorted(ticks)]
+        )
+        axis.minorticks_off()
+        axis.set_xlabel('batch size (12 epochs at each)')
+        axis.set_ylabel('test box AP')
+        axis.set_ylim(bottom=0)
+        save(figure, [axis], file)
 
 
 def draw_rates(study: Mapping[str, Any], done: Done, file: Path) -> None:

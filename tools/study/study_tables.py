@@ -32,7 +32,7 @@ from study_results import (
 
 
 def results_table(study: Mapping[str, Any], done: Done, model: str) -> str:
-    """Test metric by method and batch size, and what the largest loses."""
+    """Test metric by method and batch size, and the loss from the first."""
     found = [
         cell
         for cell in cells_of(study, done)
@@ -46,7 +46,7 @@ def results_table(study: Mapping[str, Any], done: Done, model: str) -> str:
     ]
     rows = []
     for method in methods:
-        row, metrics = [method], []
+        row, reference = [method], None
         for size in sizes:
             cell = Cell(model, method, size)
             rate = final_rate(study, cell, done)
@@ -56,16 +56,14 @@ def results_table(study: Mapping[str, Any], done: Done, model: str) -> str:
                 text += f', lr {rate:g}'
             if results and not is_tuned(study, cell):
                 text += ' (not tuned)'
+            metrics = [on_test(r) for r in results if ended(r)]
+            if metrics and size == sizes[0]:
+                reference = np.mean(metrics)
+            elif metrics and reference is not None:
+                text += f', {np.mean(metrics) - reference:+.3f}'
             row.append(text)
-            metrics.append([on_test(r) for r in results if ended(r)])
-        lost = (
-            f'{np.mean(metrics[-1]) - np.mean(metrics[0]):+.3f}'
-            if metrics[0] and metrics[-1]
-            else NOT_RUN
-        )
-        rows.append([*row, lost])
-    header = [f'batch {size}' for size in sizes]
-    return table(['method', *header, f'{sizes[0]} to {sizes[-1]}'], rows)
+        rows.append(row)
+    return table(['method', *(f'batch {size}' for size in sizes)], rows)
 
 
 def tuning_table(study: Mapping[str, Any], done: Done, model: str) -> str:

@@ -15,7 +15,11 @@ sys.path += [
 from markdown_report import fill  # noqa: E402
 from plan import by_run, is_tuned, plan  # noqa: E402
 from run_study import read_results  # noqa: E402
-from study_figures import draw_rates, draw_variance  # noqa: E402
+from study_figures import (  # noqa: E402
+    draw_batch_sizes,
+    draw_rates,
+    draw_variance,
+)
 from study_tables import (  # noqa: E402
     cost_table,
     gain_table,
@@ -62,10 +66,12 @@ def main() -> None:
     draw_variance(study, done, args.figure)
     rates = args.figure.with_stem(f'{args.figure.stem}_rates')
     draw_rates(study, done, rates)
+    sizes = args.figure.with_stem(f'{args.figure.stem}_batch_sizes')
+    draw_batch_sizes(study, done, sizes)
     runs = list(plan(study, done))
     print(
-        f'{args.out}, {args.figure} and {rates}, of {len(done)} runs; the '
-        f'study has {len(runs)}'
+        f'{args.out} and {args.figure}, {rates}, {sizes}: of {len(done)} runs '
+        f'of {len(runs)}'
     )
 
 
