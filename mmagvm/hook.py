@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from .cgbn import CGBN
-from .lr_scaling import find_rule
+from .lr_scaling import STUDY_RULES, find_rule
 from .lr_schedule import fit_schedulers, scale_base_lr, warmup_updates
 from .optim_wrapper import AGVMOptimWrapper
 from .version import full_version
@@ -212,12 +212,19 @@ def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
     dataset, rule = find_rule(
         optimizer, type(_innermost(runner.train_dataloader.dataset)).__name__
     )
-    advice = (
-        'the paper has no rule for it'
-        if rule is None
-        else f"the paper's rule for {dataset} gives {rule(batch_size):.4g} "
-        f'({rule})'
-    )
+    own = STUDY_RULES.get(optimizer)
+    if rule is not None:
+        advice = (
+            f"the paper's rule for {dataset} gives {rule(batch_size):.4g} "
+            f'({rule})'
+        )
+    elif own is not None:
+        advice = (
+            'the paper has no rule for it; this project gives '
+            f'{own(batch_size):.4g} ({own}), not tried on COCO'
+        )
+    else:
+        advice = 'the paper has no rule for it'
     effect = '' if wrapper.modulate else ', modulates nothing'
     until = '' if wrapper.end is None else f' to {wrapper.end}'
     lines = [

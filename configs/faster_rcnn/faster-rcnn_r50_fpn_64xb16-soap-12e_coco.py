@@ -1,5 +1,5 @@
-# batch 1024 with SOAP: this project's own, by its study of small detectors; not
-# in the paper, not run on COCO
+# batch 1024 with SOAP: this project's own, by its study; not in the paper, not
+# run on COCO
 _base_ = './faster-rcnn_r50_fpn_64xb16-adamw-12e_coco.py'
 optim_wrapper = dict(
     optimizer=dict(
