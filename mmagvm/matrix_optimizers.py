@@ -105,7 +105,7 @@ class SOAP(pytorch_optimizer.SOAP):
         """As the library does, many weights at once."""
         self.init_group(group)
         group['step'] += 1
-        params = [p for p in group['params'] if p.grad is not None]
+        params, grads = with_gradient(group)
         if group['step'] == 1 or not params:
             return
         beta1, beta2 = group['betas']
@@ -113,7 +113,6 @@ class SOAP(pytorch_optimizer.SOAP):
         step_size = group['lr'] * (
             self.debias(beta2, update) ** 0.5 / self.debias(beta1, update)
         )
-        grads = [param.grad for param in params]
         states = [self.state[param] for param in params]
         exp_avgs = [state['exp_avg'] for state in states]
         exp_avg_sqs = [state['exp_avg_sq'] for state in states]
@@ -125,9 +124,8 @@ class SOAP(pytorch_optimizer.SOAP):
         )
         divisor = torch._foreach_sqrt(exp_avg_sqs)
         torch._foreach_add_(divisor, group['eps'])
-        steps = torch._foreach_div(
-            self._rotate(group, exp_avgs, states), divisor
-        )
+        steps = self._rotate(group, exp_avgs, states)
+        torch._foreach_div_(steps, divisor)
         steps = self._rotate(group, steps, states, 'backward')
         torch._foreach_add_(params, steps, alpha=-step_size)
         self.apply_weight_decay_foreach(
@@ -173,7 +171,7 @@ class SOAP(pytorch_optimizer.SOAP):
             state['Q'] = [[] for _ in state['GG']]
         self._renew_bases(fresh)
 
-    def update_pre_conditioner(
+    def update_pre_conditioner(  # type: ignore[override]
         self, grad: Tensor, state: Dict[str, Any], step: int, **options: Any
     ) -> None:
         """Update the statistics only; bases are renewed all at once."""
@@ -228,7 +226,7 @@ class SOAP(pytorch_optimizer.SOAP):
             basis: Q, (n, n), its vectors in columns; empty to begin with.
         """
         if not len(basis):
-            (first,) = self.get_orthogonal_matrix([statistics])
+            (first,) = self.get_orthogonal_matrix(statistics[None])
             return first, torch.arange(len(first), device=first.device)
         product = statistics @ basis
         order = (basis * product).sum(0).argsort(descending=True)
@@ -321,17 +319,18 @@ class Muon(pytorch_optimizer.Muon):
         for group in self.param_groups:
             self.init_group(group)
             group['step'] += 1
-            own = [p for p in group['params'] if p.grad is not None]
+            own, grads = with_gradient(group)
+            if not own:
+                continue
             if not group['use_muon']:
-                if own:
-                    self._step_foreach_group(group)  # AdamW
+                self._step_foreach_group(group)  # AdamW
                 continue
             params += own
-            momenta += self._momenta(group, own)
+            momenta += self._momenta(group, own, grads)
             iterations += [group['ns_steps']] * len(own)
             rates += [
-                get_adjusted_lr(group['lr'], p.shape, use_adjusted_lr=True)
-                for p in own
+                float(get_adjusted_lr(group['lr'], param.shape, True))
+                for param in own
             ]
         if params:
             steps = [
@@ -344,11 +343,10 @@ class Muon(pytorch_optimizer.Muon):
             torch._foreach_add_(params, steps)
         return loss
 
-    def _momenta(self, group: Group, params: List[Tensor]) -> List[Tensor]:
+    def _momenta(
+        self, group: Group, params: List[Tensor], grads: List[Tensor]
+    ) -> List[Tensor]:
         """Decay the weights; u of each of them."""
-        if not params:
-            return []
-        grads = [param.grad for param in params]
         averages = [self.state[param]['momentum_buffer'] for param in params]
         self.apply_weight_decay_foreach(
             params, grads, group['lr'], group['weight_decay'], True, False
@@ -357,6 +355,12 @@ class Muon(pytorch_optimizer.Muon):
         if not group['nesterov']:
             return averages
         return list(torch._foreach_lerp(grads, averages, group['momentum']))
+
+
+def with_gradient(group: Group) -> Tuple[List[Tensor], List[Tensor]]:
+    """A group's parameters that have a gradient, and those."""
+    params = [p for p in group['params'] if p.grad is not None]
+    return params, [p.grad for p in params]
 
 
 def is_matrix(param: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 1. Cutting work into parts, and weights into matrices and the rest.
 2. Steps against the library's own SOAP, and Muon's written out.
-3. Ranks: the same bits on all of them, and as a process alone has them.
+3. Work that ranks share; what comes of it is in test_ranks.py.
 """
 
 import math
@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import OPTIMIZERS
-from ranks import run_ranks
 from torch import nn
 
 from mmagvm.shared_work import balance, share
@@ -264,7 +263,7 @@ def test_groups_can_differ_in_rate_and_decay(name):
 # -- ranks
 
 
-def share_everything(rank, ranks):
+def share_everything():
     """Which jobs this rank did, and what it got."""
     done = []
 
@@ -285,23 +284,24 @@ def share_everything(rank, ranks):
     return done, results, nothing
 
 
-def count_gathered(name):
-    """Bytes that a rank hands to all_gather, in each update."""
-    all_gather, sent = dist.all_gather, []
+def count_gathers(name):
+    """Collectives of a training."""
+    all_gather, calls = dist.all_gather, []
 
-    def counting(tensors, tensor, *args, **kwargs):
-        sent.append(tensor.numel())
-        return all_gather(tensors, tensor, *args, **kwargs)
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return all_gather(*args, **kwargs)
 
     dist.all_gather = counting
     try:
         trained(name)
     finally:
         dist.all_gather = all_gather
-    return len(sent)
+    return len(calls)
 
 
-def rank_work(rank, ranks):
+def share_work():
+    """Everything that ranks do together, on one of them."""
     nets = {
         name: trained(name, **options)[0].state_dict()
         for name, options in (
@@ -309,29 +309,4 @@ def rank_work(rank, ranks):
             ('Muon', {}),
         )
     }
-    return share_everything(rank, ranks), nets, count_gathered('Muon')
-
-
-@pytest.mark.parametrize('ranks', [2, 3])
-def test_ranks_share_the_work_and_lose_no_bit(ranks):
-    results = run_ranks(ranks, rank_work)
-    jobs = [done for (done, _, _), _, _ in results]
-    assert sorted(sum(jobs, [])) == [0, 1, 2]  # each once, by somebody
-    for (_, shared, nothing), nets, gathers in results:
-        assert nothing == []
-        assert gathers == UPDATES  # one for all matrices
-        for job, (first, second) in enumerate(shared):
-            assert torch.equal(first, torch.full((job + 1, 2), float(job)))
-            assert torch.equal(second, torch.full((3,), float(-job)))
-        for name, weights in nets.items():
-            for key, weight in weights.items():
-                assert torch.equal(weight, results[0][1][name][key]), key
-    alone, _ = trained('SOAP', precondition_frequency=3)
-    for key, weight in alone.state_dict().items():
-        assert torch.equal(weight, results[0][1]['SOAP'][key]), key
-    alone, _ = trained('Muon')
-    for key, weight in alone.state_dict().items():
-        # one matrix rounds otherwise than several of a shape at once
-        torch.testing.assert_close(
-            weight, results[0][1]['Muon'][key], rtol=1e-4, atol=1e-5
-        )
+    return share_everything(), nets, count_gathers('Muon')

@@ -6,6 +6,9 @@ from mmengine.model import MMSeparateDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from oracle import Oracle
 from ranks import run_ranks
+from test_matrix_optimizers import UPDATES as SHARED_UPDATES
+from test_matrix_optimizers import share_work, trained
+from test_preconditioner import check, measured_and_expected
 from torch.distributed.algorithms.ddp_comm_hooks import (
     default_hooks,
     powerSGD_hook,
@@ -29,6 +32,12 @@ SCENARIOS = [
         ('SGD', 1, True),
         ('AdamW', 2, True),
     )
+]
+#: Measured in the optimizer's own metric.
+PRECONDITIONED = [
+    (optimizer, estimator)
+    for optimizer in ('AdamW', 'SOAP', 'Muon')
+    for estimator in ('split', 'pairs')
 ]
 RANKS = (2, 3, 4)
 
@@ -332,6 +341,11 @@ def run_all(rank, world_size):
         train_resumed(rank, world_size, optimizer)
         for optimizer in ('SGD', 'AdamW')
     ]
+    results['shared'] = share_work()
+    for scenario in PRECONDITIONED:
+        results[scenario] = measured_and_expected(
+            make_model, *scenario, rank, world_size, accumulation=2
+        )
     if world_size == 2:
         refuse_second_hook(rank, world_size)
         refuse_inexact_means(rank, world_size)
@@ -452,3 +466,40 @@ def test_update_that_the_scaler_skips_is_none_on_any_rank(results, estimator):
         for name, weight in first['weights'].items():
             assert weight.isfinite().all()
             assert torch.equal(other['weights'][name], weight)
+
+
+@pytest.mark.parametrize('scenario', PRECONDITIONED, ids=str)
+def test_phi_is_in_the_optimizers_metric(results, scenario):
+    first, *others = (ranks[scenario] for ranks in results)
+    check(first, *scenario)
+    for other in others:
+        assert [phis for _, phis, _ in other] == [phis for _, phis, _ in first]
+
+
+def test_ranks_share_the_work_of_optimizers_and_lose_no_bit(results):
+    shared = [ranks['shared'] for ranks in results]
+    # each job once, by somebody
+    assert sorted(sum((done for (done, _, _), _, _ in shared), [])) == [
+        0,
+        1,
+        2,
+    ]
+    for (_, found, nothing), _, gathers in shared:
+        assert nothing == []
+        assert gathers == SHARED_UPDATES  # one for all matrices
+        for job, (first, second) in enumerate(found):
+            assert torch.equal(first, torch.full((job + 1, 2), float(job)))
+            assert torch.equal(second, torch.full((3,), float(-job)))
+    for name, options in (
+        ('SOAP', dict(precondition_frequency=3)),
+        ('Muon', {}),
+    ):
+        alone = trained(name, **options)[0].state_dict()
+        for _, nets, _ in shared:
+            for key, weight in nets[name].items():
+                assert torch.equal(weight, shared[0][1][name][key]), key
+                # Muon's round otherwise alone: one matrix, or several at once
+                exact = dict(rtol=0, atol=0) if name == 'SOAP' else {}
+                torch.testing.assert_close(
+                    weight, alone[key], **exact or dict(rtol=1e-4, atol=1e-5)
+                )

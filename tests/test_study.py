@@ -325,7 +325,7 @@ def test_untuned_cell_is_shown_at_the_rate_that_is_given():
         result['metrics']['test'] = result['metrics']['tune']
     row = results_table(declared, done, 'm').splitlines()[-1]
     assert '0.500 (1 seed), lr 2 |' in row
-    assert '0.400 (1 seed), lr 8 (not tuned) |' in row
+    assert '0.400 (1 seed), lr 8 (not tuned), -0.100 |' in row
     assert len(tuning_table(declared, done, 'm').splitlines()) == 3
 
 
