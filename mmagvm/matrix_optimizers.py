@@ -124,8 +124,10 @@ class SOAP(pytorch_optimizer.SOAP):
         )
         divisor = torch._foreach_sqrt(exp_avg_sqs)
         torch._foreach_add_(divisor, group['eps'])
-        steps = self._rotate(group, exp_avgs, states)
-        torch._foreach_div_(steps, divisor)
+        # not in place: what is not rotated is the average itself
+        steps = list(
+            torch._foreach_div(self._rotate(group, exp_avgs, states), divisor)
+        )
         steps = self._rotate(group, steps, states, 'backward')
         torch._foreach_add_(params, steps, alpha=-step_size)
         self.apply_weight_decay_foreach(
