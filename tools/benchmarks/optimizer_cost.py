@@ -64,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--image-size', type=int, nargs=2, default=[800, 1333])
     parser.add_argument('--out', type=Path, help='file of JSON to write')
     parser.add_argument(
-        '--fill', type=Path, help='Markdown file to write the table into'
+        '--markdown', type=Path, help='page to write the table into'
     )
     return parser.parse_args()
 
@@ -223,8 +223,8 @@ def main() -> None:
         )
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1))
-    if args.fill:
-        fill(args.fill, 'optimizer cost', text)
+    if args.markdown:
+        fill(args.markdown, 'optimizer cost', text)
 
 
 if __name__ == '__main__':
