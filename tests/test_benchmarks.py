@@ -16,6 +16,7 @@ sys.path.insert(0, BENCHMARKS)  # ranks inherit it
 
 import estimator_error  # noqa: E402
 import markdown_report  # noqa: E402
+import optimizer_cost  # noqa: E402
 import step_cost  # noqa: E402
 from counters import CollectiveBytes, HostReads, Profile  # noqa: E402
 from published_pattern import PublishedPattern, modules_of  # noqa: E402
@@ -369,3 +370,24 @@ def test_summary_is_of_the_slowest_rank():
         '| pairs, measured   | 13500 (11250 to 15750) | 1.500 (1.500 to 1.500)'
     )
     assert row in step_cost.tables(results)
+
+
+def test_steps_of_optimizers_are_told_apart():
+    pytest.importorskip('pytorch_optimizer')
+    model = make_model().float()
+    step = optimizer_cost.time_steps(
+        model, optimizer_cost.OPTIMIZER_CONFIGS['SOAP'], 2
+    )
+    assert set(step) == {'first', 'usual', 'renewal', 'state'}
+    # two moments, and for each matrix S and Q of both sides
+    numbers = 0
+    for param in model.parameters():
+        numbers += 2 * param.numel()
+        if param.dim() > 1:
+            numbers += 2 * sum(size**2 for size in param.shape)
+    assert step['state'] == 4 * numbers
+    step.update(usual=2.0, renewal=12.0, first=30.0)
+    found = dict(toy=dict(parameters=2e6, passes=4.0, steps=dict(SOAP=step)))
+    (row,) = optimizer_cost.rows('1', found)
+    # 2 s, and 10 more every fifth step, are half of 8 s
+    assert row[0] == 'toy, 2 M' and row[-1] == '50 %'
