@@ -1,40 +1,53 @@
-"""AGVM, large-batch training of dense predictors, for MMEngine.
+"""AGVM, large-batch training of dense predictors.
 
-Importing this registers everything in MMEngine's root registries; neither
-mmdet nor mmseg is imported.
+Where MMEngine is installed, importing this registers everything in its root
+registries; neither mmdet nor mmseg is imported. ``mmagvm.core`` is AGVM for
+any training loop, and all there is without MMEngine.
 """
 
-from . import optimizers  # noqa: F401  registers LARS, LAMB, PMDLAMB
-from .amp_optim_wrapper import AGVMAmpOptimWrapper
-from .cgbn import CGBN
-from .clip_grad_hook import ClipGradWindowHook
-from .compat import (
-    allow_checkpoints,
-    check_versions,
-    find_mmseg_bases,
-    keep_gradients_of_checkpointed_modules,
-)
-from .hook import AGVMHook
-from .lr_scaling import RECIPES, RULES, LRRule, Recipe, find_rule
-from .optim_wrapper import AGVMOptimWrapper
-from .optim_wrapper_constructor import AGVMOptimWrapperConstructor
-from .panoptic import LoadPanopticSegments
-from .schedulers import ExponentialWarmupLR
-from .version import __version__
+from importlib.util import find_spec
+from typing import Any
 
-check_versions()
-allow_checkpoints()
-find_mmseg_bases()
-keep_gradients_of_checkpointed_modules()
+from mmagvm.version import __version__
+
+if find_spec('mmengine') is not None:
+    from mmagvm.engine import (
+        AGVMAmpOptimWrapper,
+        AGVMHook,
+        AGVMOptimWrapper,
+        AGVMOptimWrapperConstructor,
+    )
+    from mmagvm.recipes import (
+        CGBN,
+        RECIPES,
+        RULES,
+        ClipGradWindowHook,
+        ExponentialWarmupLR,
+        LoadPanopticSegments,
+        LRRule,
+        Recipe,
+        find_rule,
+    )
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            raise ImportError(
+                f'mmagvm.{name} needs MMEngine, which comes with OpenMMLab or '
+                "with its onedl fork: pip install 'mmagvm[openmmlab]' or "
+                "'mmagvm[onedl]'"
+            )
+        raise AttributeError(f'module mmagvm has no attribute {name!r}')
+
 
 __all__ = [
     'AGVMAmpOptimWrapper',
     'AGVMHook',
     'AGVMOptimWrapper',
     'AGVMOptimWrapperConstructor',
+    'CGBN',
     'ClipGradWindowHook',
     'ExponentialWarmupLR',
-    'CGBN',
     'LRRule',
     'LoadPanopticSegments',
     'RECIPES',

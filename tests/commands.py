@@ -1,5 +1,6 @@
 """Whole commands of the tools, on the toy, and what they leave behind."""
 
+import importlib.util
 import os
 import signal
 import socket
@@ -11,6 +12,15 @@ from mmengine.runner import CheckpointLoader
 from toy_runner import toy_cfg
 
 ROOT = Path(__file__).parent.parent
+
+
+def load_command(path):
+    """The module of a command in tools/, to call its ``main`` in process."""
+    file = ROOT / 'tools' / path
+    spec = importlib.util.spec_from_file_location(f'tools_{file.stem}', file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def load_checkpoint(path):
@@ -26,7 +36,7 @@ def free_port():
 
 def start(*args, **env):
     """Start a command in the project's root, on the CPU."""
-    paths = [str(ROOT), str(ROOT / 'tests'), str(ROOT / 'tools')]
+    paths = [str(ROOT), str(ROOT / 'tests')]
     return subprocess.Popen(
         [str(arg) for arg in args],
         cwd=ROOT,

@@ -2,20 +2,17 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import load_command
 
-TOOLS = Path(__file__).parent.parent / 'tools'
-sys.path.insert(0, str(TOOLS / 'misc'))
-
-import advise_batch_size as tool  # noqa: E402
-import batch_means  # noqa: E402
-import noise_scales  # noqa: E402
-
-from mmagvm.functional import pairs_noise, pairs_variance  # noqa: E402
+from mmagvm.core.functional import pairs_noise, pairs_variance
+from mmagvm.planning import (
+    batch_means,
+    noise_scales,
+)
 
 MODULES = ('backbone', 'neck')
 BATCH, RANKS, IMAGES = 32, 4, 8
@@ -165,7 +162,7 @@ def write_run(folder, rhos, count=200, noise_scale=True, batch_line=True):
 
 def advise(monkeypatch, *args):
     monkeypatch.setattr(sys, 'argv', ['advise', *map(str, args)])
-    tool.main()
+    load_command('misc/advise_batch_size.py').main()
 
 
 def test_command_finds_noise_scales_and_multipliers(

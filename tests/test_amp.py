@@ -65,7 +65,7 @@ def test_skipped_update_does_not_count():
         with wrapper.optim_context(model):
             loss = model(make_batch(2, 0, micro_batch))
         wrapper.update_params(loss * float('inf'))
-    assert wrapper.update == 2
+    assert wrapper.agvm.update == 2
     assert wrapper.modulator.skipped == 1
     assert wrapper.modulator.lr_scale == scale
     for name, weight in weights.items():
@@ -131,4 +131,4 @@ def test_large_loss_scale_is_measured_like_none(estimator, optimizer):
     assert scaled.modulator.skipped == 0
     assert scaled.modulator.measured == plain.modulator.measured >= 2
     assert scaled.modulator.variance == plain.modulator.variance
-    assert scaled.noise_scale == plain.noise_scale
+    assert scaled.agvm.noise_scale == plain.agvm.noise_scale

@@ -1,34 +1,25 @@
 """tools/analysis_tools: on logs written by hand, and on a run of the toy."""
 
-import importlib.util
 import json
 import re
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import load_command
 from mmengine.runner import Runner
 from toy import MODULES
 from toy_runner import ITERATIONS, toy_cfg
 
-TOOLS = Path(__file__).parent.parent / 'tools' / 'analysis_tools'
-sys.path.insert(0, str(TOOLS))
+from mmagvm.analysis import figures, run_summary
+from mmagvm.analysis import report as page
+from mmagvm.analysis.run_log import load_run
 
-import collect_results  # noqa: E402
-import figures  # noqa: E402
-import plot_variance  # noqa: E402
-import run_summary  # noqa: E402
-from run_log import load_run  # noqa: E402
-
-# tools/benchmarks has a report.py too
-_spec = importlib.util.spec_from_file_location(
-    'analysis_report', TOOLS / 'report.py'
+collect_results, plot_variance, report = (
+    load_command(f'analysis_tools/{name}.py')
+    for name in ('collect_results', 'plot_variance', 'report')
 )
-report = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(report)
-
 NAN, INF = float('nan'), float('inf')
 AGVM = "optim_wrapper = dict(type='AGVMOptimWrapper', interval=10)\n"
 
@@ -398,7 +389,7 @@ def test_only_settings_that_differ_are_on_top(tmp_path):
         load_run(write_run(tmp_path / str(i), lines_to(10), config=config))
         for i, config in enumerate(configs)
     ]
-    different, rows = report.settings(runs)
+    different, rows = page.settings(runs)
     assert different == [('x.w', ['-', '[1, 2]']), ('x.y.0.z', ['2', '3'])]
     assert ('x.same', ['1', '1']) in rows
 

@@ -1,27 +1,18 @@
 """The pieces of tools/benchmarks on tiny inputs; no time is asserted."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
+from benchmarks import estimator_error, optimizer_cost, step_cost
+from benchmarks.counters import CollectiveBytes, HostReads, Profile
+from benchmarks.published_pattern import PublishedPattern, modules_of
 from mmengine.optim import build_optim_wrapper
 from ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from toy import MODULES, make_batch, make_model, train, wrapper_cfg
 
-BENCHMARKS = str(Path(__file__).parent.parent / 'tools' / 'benchmarks')
-sys.path.insert(0, BENCHMARKS)  # ranks inherit it
-
-import estimator_error  # noqa: E402
-import markdown_report  # noqa: E402
-import optimizer_cost  # noqa: E402
-import step_cost  # noqa: E402
-from counters import CollectiveBytes, HostReads, Profile  # noqa: E402
-from published_pattern import PublishedPattern, modules_of  # noqa: E402
-
-from mmagvm.functional import (  # noqa: E402
+from mmagvm.analysis import markdown, statistics
+from mmagvm.core.functional import (
     half_batch_norms,
     pairs_variance,
     split_variance,
@@ -272,28 +263,26 @@ def test_plot_has_a_panel_for_each_module(gaussian):
 )
 def test_interval_of_the_median(n, left_out):
     # the exact binomial ones, as in tables of the sign test
-    found = markdown_report.summary([float(i) for i in range(n)][::-1])
+    found = statistics.summary([float(i) for i in range(n)][::-1])
     assert found['median'] == (n - 1) / 2
     assert (found['low95'], found['high95']) == (left_out, n - 1 - left_out)
 
 
 def test_ratios_are_taken_within_a_repetition():
     # the second repetition was disturbed, the ratio was not
-    assert (
-        markdown_report.ratio_summary([2.0, 20.0], [1.0, 10.0])['median'] == 2
-    )
+    assert statistics.ratio_summary([2.0, 20.0], [1.0, 10.0])['median'] == 2
 
 
 def test_tables_go_between_their_comments(tmp_path):
     page = tmp_path / 'page.md'
     page.write_text('A\n<!-- x: begin -->\nold\n<!-- x: end -->\nB\n')
-    table = markdown_report.table(('a', 'b'), [('1', '22')])
-    markdown_report.fill(page, 'x', table)
+    table = markdown.table(('a', 'b'), [('1', '22')])
+    markdown.fill(page, 'x', table)
     assert page.read_text() == (
         'A\n<!-- x: begin -->\n| a   |   b |\n| --- | --- |\n| 1   |  22 |\n'
         '<!-- x: end -->\nB\n'
     )
-    markdown_report.fill(page, 'y', 'new')
+    markdown.fill(page, 'y', 'new')
     assert page.read_text().endswith(
         'B\n<!-- y: begin -->\nnew\n<!-- y: end -->\n'
     )

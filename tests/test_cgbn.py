@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mmagvm.cgbn import CGBN, possible_group_sizes
-from mmagvm.hook import useless_sync_bn
+from mmagvm.engine.hook import useless_sync_bn
+from mmagvm.recipes.cgbn import CGBN, possible_group_sizes
 
 CHANNELS = 3
 #: Images per rank, and height and width on each of up to 4 ranks.

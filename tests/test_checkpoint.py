@@ -162,7 +162,7 @@ def test_updates_of_a_plain_checkpoint_count_from_its_iteration():
     model = make_model()
     wrapper = build_optim_wrapper(model, wrapper_cfg(accumulative_counts=2))
     wrapper.initialize_count_status(model, 100, 200)
-    assert wrapper.update == 50
+    assert wrapper.agvm.update == 50
 
 
 def test_checkpoint_of_another_model_is_refused():
@@ -197,7 +197,7 @@ def test_parameters_that_a_checkpoint_does_not_know_are_told(log):
 
 
 def test_history_is_bounded(monkeypatch):
-    monkeypatch.setattr('mmagvm.modulator.HISTORY_LENGTH', 3)
+    monkeypatch.setattr('mmagvm.core.modulator.HISTORY_LENGTH', 3)
     _, wrapper = trained(updates=5)
     assert [update for update, _ in wrapper.modulator.history] == [2, 3, 4]
 

@@ -23,7 +23,7 @@ from mmengine.registry import (
     init_default_scope,
 )
 
-from mmagvm.lr_scaling import RECIPES, at
+from mmagvm.recipes.lr_scaling import RECIPES, at
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
 #: The folders of recipes; configs/quickstart is run by test_tools.py.

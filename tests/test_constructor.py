@@ -5,7 +5,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 from toy import MODULES, make_model, wrapper_cfg
 
-from mmagvm.optim_wrapper_constructor import find_modules
+from mmagvm.core.modules import find_modules
 
 
 def groups_of(wrapper):

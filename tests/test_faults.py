@@ -7,7 +7,6 @@ import socket
 import sys
 
 import pytest
-import resume_utils  # noqa: E402
 import torch
 from commands import (
     assert_equal,
@@ -17,9 +16,11 @@ from commands import (
     start,
     write_config,
 )
-from join_utils import timeout_seconds  # noqa: E402
 from mmengine.config import Config
-from resume_utils import choose, damage  # noqa: E402
+
+from mmagvm.launch import resume  # noqa: E402
+from mmagvm.launch.rendezvous import timeout_seconds  # noqa: E402
+from mmagvm.launch.resume import choose, damage  # noqa: E402
 
 
 def train(config, *args, ranks=2, **env):
@@ -73,7 +74,7 @@ def test_killed_rank_is_restarted_and_resumes(whole, tmp_path):
 def test_restart_with_nothing_saved_begins_as_at_launch(work_dir, monkeypatch):
     """Also where the work dir holds an earlier run's checkpoints."""
     store = torch.distributed.HashStore()
-    monkeypatch.setattr(resume_utils, 'launcher_store', lambda _: store)
+    monkeypatch.setattr(resume, 'launcher_store', lambda _: store)
     seen = []
     for restart in range(3):
         monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', str(restart))
@@ -82,7 +83,7 @@ def test_restart_with_nothing_saved_begins_as_at_launch(work_dir, monkeypatch):
                 str(work_dir / 'epoch_1.pth')
             )
         cfg = Config(dict(work_dir=str(work_dir), load_from='weights.pth'))
-        note = resume_utils.choose_checkpoint(cfg, None)
+        note = resume.choose_checkpoint(cfg, None)
         seen.append((cfg.get('resume'), cfg.load_from, note))
     nothing = (
         'resume: nothing was saved since launch, so the run starts as it did '
@@ -268,13 +269,13 @@ import contextlib
 import os
 import time
 
-import launch_utils
+from mmagvm.launch import runner
 from mmengine.config import Config
 
 if os.environ['RANK'] == '1':
-    launch_utils.init_process_group = lambda *args: time.sleep(1000)
-    launch_utils.deadline = lambda *args: contextlib.nullcontext()
-launch_utils.join_ranks(Config(dict(launcher='pytorch')))
+    runner.init_process_group = lambda *args: time.sleep(1000)
+    runner.deadline = lambda *args: contextlib.nullcontext()
+runner.join_ranks(Config(dict(launcher='pytorch')))
 """)
     output = run(
         *(sys.executable, 'tools/dist_run.py', '--nproc_per_node=2', script),
@@ -292,18 +293,18 @@ def test_node_that_restarts_later_is_waited_for(tmp_path):
 import os
 import time
 
-import launch_utils
+from mmagvm.launch import runner
 from mmengine.config import Config
 
 os.environ.update(TORCHELASTIC_RESTART_COUNT='1', GROUP_WORLD_SIZE='2')
 if os.environ['RANK'] == '1':
     time.sleep(10)
 dist_cfg = dict(timeout=60)
-launch_utils.join_ranks(
+runner.join_ranks(
     Config(dict(launcher='pytorch', env_cfg=dict(dist_cfg=dist_cfg)))
 )
 print('met')
-launch_utils.leave_ranks()
+runner.leave_ranks()
 """)
     output = run(
         *(sys.executable, 'tools/dist_run.py', '--nproc_per_node=2', script),
@@ -318,7 +319,7 @@ def test_nothing_of_the_group_is_left(tmp_path):
     script.write_text("""
 import pathlib
 
-import launch_utils
+from mmagvm.launch import runner
 import torch
 from mmengine.config import Config
 from torch.nn.parallel import DistributedDataParallel
@@ -335,12 +336,12 @@ def threads():
     return sum('gloo' in name.read_text() for name in names)
 
 
-launch_utils.join_ranks(Config(dict(launcher='pytorch')))
+runner.join_ranks(Config(dict(launcher='pytorch')))
 runner = Runner()
 runner.model(torch.ones(2)).sum().backward()
 before = threads()
 del runner
-launch_utils.leave_ranks()
+runner.leave_ranks()
 print('gloo threads:', before > 0, threads())
 """)
     output = run(

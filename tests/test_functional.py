@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mmagvm.functional import (
+from mmagvm.core.functional import (
     adam_divisor,
     half_batch_norms,
     modulate,

@@ -11,11 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import large_batch_plan as planning
-import make_large_batch_config
 import pytest
+from commands import load_command
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+
+from mmagvm.planning import large_batch as planning
+from mmagvm.planning.config_reader import find_base_batch_size
 
 TOOL = Path(__file__).parent.parent / 'tools/misc/make_large_batch_config.py'
 FASTER_RCNN = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
@@ -25,7 +27,7 @@ SEGFORMER = 'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'
 
 @pytest.fixture(scope='module')
 def tool():
-    yield make_large_batch_config
+    yield load_command('misc/make_large_batch_config.py')
     DefaultScope._instance_dict.clear()
 
 
@@ -448,7 +450,7 @@ def test_all_that_counts_iterations_is_scaled():
     assert restarts['periods'] == [100, 200]
 
 
-def test_accumulation_of_the_original_counts(tool):
+def test_accumulation_of_the_original_counts():
     cfg = Config(
         dict(
             train_dataloader=dict(batch_size=2),
@@ -456,5 +458,5 @@ def test_accumulation_of_the_original_counts(tool):
             optim_wrapper=dict(accumulative_counts=4),
         )
     )
-    size, source = tool.find_base_batch_size('mmdet::any.py', cfg)
+    size, source = find_base_batch_size('mmdet::any.py', cfg)
     assert size == 64 and 'x 4 accumulated micro-batches' in source

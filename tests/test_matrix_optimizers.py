@@ -14,10 +14,10 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import OPTIMIZERS
 from torch import nn
 
-from mmagvm.shared_work import balance, share
+from mmagvm.recipes.shared_work import balance, share
 
 pytorch_optimizer = pytest.importorskip('pytorch_optimizer')
-from mmagvm.matrix_optimizers import (  # noqa: E402
+from mmagvm.recipes.matrix_optimizers import (  # noqa: E402
     is_matrix,
     orthogonalize,
     split_matrices,

@@ -8,7 +8,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch.utils.data import DataLoader, SequentialSampler
 from toy import wrapper_cfg
 
-from mmagvm.hook import images_per_rank
+from mmagvm.engine.hook import images_per_rank
 
 # with both package sets
 pytestmark = pytest.mark.host

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from counters import Profile
+from benchmarks.counters import Profile
 from mmengine.optim import MultiStepLR, OptimWrapper, build_optim_wrapper
 from oracle import Oracle
 from torch import nn
 from toy import make_batch, make_model, train, wrapper_cfg
 
 from mmagvm import AGVMOptimWrapper
-from mmagvm.grad_variance import Measurement
+from mmagvm.core.grad_variance import Measurement
 
 
 def build(model=None, optimizer='SGD', accumulative_counts=2, **settings):
@@ -114,13 +114,17 @@ def test_sparse_gradients_are_refused():
 def test_noise_scale_outlives_another_batch():
     """It is in images, whatever the number of them in a sample is."""
     saved, resumed = build(), build()
-    saved.set_batch(dict(ranks=4, images_per_rank=2, accumulative_counts=3))
+    saved.agvm.set_batch(
+        dict(ranks=4, images_per_rank=2, accumulative_counts=3)
+    )
     phi, signal, noise = (torch.full((6,), v) for v in (0.5, 2.0, 3.0))
     saved.modulator.update(0, Measurement(phi, True, signal, noise))
-    assert saved.noise_scale['neck'] == pytest.approx(6 * 3 / 2)
+    assert saved.agvm.noise_scale['neck'] == pytest.approx(6 * 3 / 2)
     resumed.load_state_dict(saved.state_dict())
-    resumed.set_batch(dict(ranks=1, images_per_rank=16, accumulative_counts=5))
-    assert resumed.noise_scale == pytest.approx(saved.noise_scale)
+    resumed.agvm.set_batch(
+        dict(ranks=1, images_per_rank=16, accumulative_counts=5)
+    )
+    assert resumed.agvm.noise_scale == pytest.approx(saved.agvm.noise_scale)
     assert resumed.modulator.noise_scale['neck'] == pytest.approx(9 / 16)
 
 
@@ -207,10 +211,10 @@ def test_every_norm_that_torch_clips_by_is_measured(norm_type):
     assert wrapper.modulator.measured == 3
     for param in model.parameters():
         param.grad = torch.ones_like(param)
-    divisor = wrapper._clip_divisor()
-    before = wrapper._grad_variance.grad_norm(float(norm_type))
+    divisor = wrapper.agvm._clip_divisor(wrapper.clip_grad_kwargs)
+    before = wrapper.agvm._grad_variance.grad_norm(float(norm_type))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3, float(norm_type))
-    after = wrapper._grad_variance.grad_norm(float(norm_type))
+    after = wrapper.agvm._grad_variance.grad_norm(float(norm_type))
     assert (before / after).item() == pytest.approx(divisor.item(), rel=1e-5)
 
 
@@ -220,7 +224,7 @@ def test_slices_make_no_difference(estimator, optimizer, monkeypatch):
     settings = dict(interval=1, estimator=estimator)
     wrappers = []
     for size in (1, 100, 2**20):
-        monkeypatch.setattr('mmagvm.grad_variance.base.SLICE', size)
+        monkeypatch.setattr('mmagvm.core.grad_variance.base.SLICE', size)
         model = make_model()
         wrappers.append(build(model, optimizer, **settings))
         train(model, wrappers[-1], 3, accumulation=2)
@@ -252,7 +256,7 @@ class Large(nn.Module):
 def test_measuring_needs_one_copy_of_the_gradients(
     estimator, optimizer, monkeypatch
 ):
-    monkeypatch.setattr('mmagvm.grad_variance.base.SLICE', 2**20)
+    monkeypatch.setattr('mmagvm.core.grad_variance.base.SLICE', 2**20)
     model = Large()
     wrapper = build(model, optimizer, interval=2, estimator=estimator, begin=2)
     peaks = []
@@ -273,7 +277,7 @@ def test_begin_end_and_interval_count_updates():
     wrapper = build(model, begin=3, end=9, interval=2)
     train(model, wrapper, 12, accumulation=2)
     assert [update for update, _ in wrapper.modulator.history] == [3, 5, 7]
-    assert wrapper.update == 12
+    assert wrapper.agvm.update == 12
 
 
 def test_incomplete_last_accumulation_updates_unmeasured():
@@ -284,7 +288,7 @@ def test_incomplete_last_accumulation_updates_unmeasured():
         with wrapper.optim_context(model):
             loss = model(make_batch(iteration, 0, 0))
         wrapper.update_params(loss)
-    assert wrapper.update == 3
+    assert wrapper.agvm.update == 3
     assert [update for update, _ in wrapper.modulator.history] == [0, 1]
 
 
@@ -411,7 +415,7 @@ def test_lr_is_restored_when_the_step_raises():
     with pytest.raises(RuntimeError, match='out of memory'):
         train(model, wrapper, 2, accumulation=2, start=1)
     assert lrs(wrapper) == before
-    assert wrapper.update == 1
+    assert wrapper.agvm.update == 1
 
 
 def test_tensor_lr_is_restored_as_the_same_object():

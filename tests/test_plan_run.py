@@ -8,16 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from benchmarks import plan_accuracy
+from commands import load_command
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from mmagvm.planning import (
+    iteration_profile,
+    large_batch,
+    run_plan,
+    time_model,
+)
+from mmagvm.planning.config_reader import build_model
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / 'tools/misc'), str(ROOT / 'tools/benchmarks')]
 
-import iteration_profile  # noqa: E402
-import large_batch_plan as large_batch  # noqa: E402
-import plan_accuracy  # noqa: E402
-import plan_run as tool  # noqa: E402
-import time_model  # noqa: E402
 
 QUICKSTART = str(
     ROOT / 'configs/quickstart/faster-rcnn_r18_fpn_2xb8-agvm-4e_digits.py'
@@ -95,7 +100,7 @@ def batch_of(gpus, images=2, accumulation=1, base=32):
 
 
 def train_on(cfg, gpus, **kwargs):
-    return tool.plan_training(
+    return run_plan.plan_training(
         cfg, batch_of(gpus, **kwargs), 117266, 'CocoDataset'
     )
 
@@ -125,7 +130,7 @@ def test_calibration_meets_both_times(adamw):
         for gpus, minutes in ((16, 148), (768, 4.2))
     ]
     for estimator in ('split', 'pairs'):
-        found = tool.calibrate(
+        found = run_plan.calibrate(
             times,
             GRADIENTS,
             time_model.Cluster(0, 25e9, 0, overlap=0.5),
@@ -147,7 +152,7 @@ def test_calibration_meets_both_times(adamw):
 
 def test_impossible_calibration_is_refused(adamw):
     def calibrate(*times):
-        tool.calibrate(
+        run_plan.calibrate(
             [(train_on(adamw, gpus), seconds) for gpus, seconds in times],
             GRADIENTS,
             CLUSTER,
@@ -162,8 +167,8 @@ def test_impossible_calibration_is_refused(adamw):
 
 def test_gradients_are_those_of_trained_parameters():
     cfg = Config.fromfile(QUICKSTART)
-    tool.init_default_scope('mmdet')
-    model = tool.build_model(cfg)
+    init_default_scope('mmdet')
+    model = build_model(cfg)
     for param in model.backbone.parameters():
         param.requires_grad = False
     trained = sum(
@@ -171,9 +176,9 @@ def test_gradients_are_those_of_trained_parameters():
         for name, p in model.named_parameters()
         if not name.startswith('backbone')
     )
-    assert tool.count_gradients(model, cfg).size == 4 * trained
+    assert run_plan.count_gradients(model, cfg).size == 4 * trained
     cfg.optim_wrapper.comm_hook = 'fp16'
-    found = tool.count_gradients(model, cfg)
+    found = run_plan.count_gradients(model, cfg)
     assert (found.size, found.sent) == (4 * trained, 0.5)
     assert found.modules == 3  # what is frozen is none
 
@@ -213,7 +218,7 @@ def test_images_of_many_scales_and_nested_pipelines():
 
 def plan(monkeypatch, *args):
     monkeypatch.setattr(sys, 'argv', ['plan_run', *map(str, args)])
-    tool.main()
+    load_command('misc/plan_run.py').main()
 
 
 BASIC = ('--gpus', 32, '--images-per-gpu', 2, '--images', 4000)
@@ -243,7 +248,9 @@ def test_command_tells_parts_and_tables(monkeypatch, capsys):
     assert sum(shares) == pytest.approx(100, abs=0.02)
     # 4 epochs of 4000 images
     assert parts['32'][1:3] == ['64', '252']
-    assert [int(row[0]) for row in rows if row[0].isdigit()] == list(tool.GPUS)
+    assert [int(row[0]) for row in rows if row[0].isdigit()] == list(
+        run_plan.GPUS
+    )
 
 
 def test_profile_trains_the_model(monkeypatch, capsys):
@@ -303,10 +310,10 @@ def test_unknown_data_set_needs_a_rule():
         dict(train_dataloader=dict(dataset=dict(type='CityscapesDataset')))
     )
     with pytest.raises(SystemExit, match="'CityscapesDataset'.*--rule COCO"):
-        tool.find_dataset(cfg, None)
-    assert tool.find_dataset(cfg, 'ADE20K') == 'ADE20KDataset'
+        run_plan.find_dataset(cfg, None)
+    assert run_plan.find_dataset(cfg, 'ADE20K') == 'ADE20KDataset'
     cfg.train_dataloader.dataset.type = 'CocoPanopticDataset'
-    assert tool.find_dataset(cfg, None) == 'CocoDataset'
+    assert run_plan.find_dataset(cfg, None) == 'CocoDataset'
 
 
 # -- the comparison with measured times

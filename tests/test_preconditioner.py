@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from toy import make_batch, make_model, wrapper_cfg
 
-from mmagvm.grad_variance.preconditioner import (
+from mmagvm.core.grad_variance.preconditioner import (
     Elementwise,
     Preconditioner,
     Rotated,

@@ -115,7 +115,7 @@ def test_no_configuration_does_harm(run):
         assert scale[cfg['anchor']] == 1
         assert all(low * 0.999 <= mu <= high * 1.001 for mu in scale.values())
         assert all(0 <= v <= 2 for v in wrapper.modulator.variance.values())
-    assert wrapper.update == 5
+    assert wrapper.agvm.update == 5
     assert wrapper.modulator.skipped == 0
     for param in trainable:
         assert param.isfinite().all()

@@ -70,7 +70,7 @@ def train_rank(
         lr_scale=wrapper.modulator.lr_scale,
         history=wrapper.modulator.history,
         measured=wrapper.modulator.measured,
-        world_size=wrapper.world_size,
+        world_size=wrapper.agvm.world_size,
     )
 
 
@@ -281,7 +281,7 @@ def train_skipped(rank, world_size, estimator):
     return dict(
         weights=model.state_dict(),
         lr_scale=modulator.lr_scale,
-        update=wrapper.update,
+        update=wrapper.agvm.update,
         measured=[update for update, _ in modulator.history],
         skipped=modulator.skipped,
     )

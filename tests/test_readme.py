@@ -69,5 +69,5 @@ def test_config_next_to_the_papers_settings(tmp_path):
     cfg = Config.fromfile(file)
     wrapper = build(cfg)
     assert wrapper.optimizer.param_groups[0]['lr'] == 0.16
-    assert wrapper.begin == 500
+    assert wrapper.settings.begin == 500
     assert 'AGVMHook' in [hook['type'] for hook in cfg.custom_hooks]

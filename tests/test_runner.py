@@ -18,8 +18,8 @@ from torch import nn
 from toy import MODULES
 from toy_runner import ITERATIONS, toy_cfg
 
-from mmagvm import compat
-from mmagvm.hook import useless_sync_bn
+from mmagvm.engine import host as compat
+from mmagvm.engine.hook import useless_sync_bn
 from mmagvm.version import full_version
 
 # with both package sets
@@ -437,7 +437,7 @@ def test_import_registers_and_needs_no_host():
 def test_old_host_is_refused(version, monkeypatch):
     import mmengine
 
-    from mmagvm.compat import check_versions
+    from mmagvm.engine.host import check_versions
 
     package = dict(mmengine=mmengine, torch=torch)[version]
     monkeypatch.setattr(package, '__version__', '0.1')

@@ -10,16 +10,15 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
-import prepare
 import pytest
-import run_study
 import torch
 from commands import ROOT
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.runner import Runner
-from plan import (
+from study import prepare, run_study
+from study.plan import (
     Cell,
     Run,
     best_rate,
@@ -29,9 +28,9 @@ from plan import (
     plan,
     tuning_rates,
 )
-from run_config import make_config
-from study_results import mean_and_spread, middle, on_images
-from study_tables import (
+from study.run_config import make_config
+from study.study_results import mean_and_spread, middle, on_images
+from study.study_tables import (
     gain_table,
     results_table,
     sides_table,
@@ -39,9 +38,9 @@ from study_tables import (
     variance_table,
     variants_table,
 )
-from train_run import RESULTS, clipped_share, code_version
+from study.train_run import RESULTS, clipped_share, code_version
 
-STUDY = ROOT / 'tools/study/study.py'
+STUDY = ROOT / 'tools/study/declaration.py'
 TINY = f"""
 _base_ = {str(STUDY)!r}
 data = dict(
@@ -450,7 +449,9 @@ def test_every_cell_trains(cell, tiny, tmp_path):
     has_none = cell.model == 'sem_fpn'
     assert bool(head) is not (has_none or 'frozen_head' in cell.variant)
     assert any(name.startswith('backbone') for name in changed)
-    assert runner.optim_wrapper.modulate is cell.method.startswith('agvm')
+    assert runner.optim_wrapper.settings.modulate is cell.method.startswith(
+        'agvm'
+    )
     assert math.isfinite(
         float(runner.message_hub.get_scalar('train/loss').current())
     )

@@ -109,7 +109,7 @@ def test_digits_lie_inside_their_boxes_and_images(digits):
 
 
 def test_no_scan_is_in_both_splits():
-    from digits2coco import SCANS
+    from mmagvm.datasets.digits import SCANS
 
     train, val = (set(range(1797)[SCANS[split]]) for split in SCANS)
     assert len(train) + len(val) == 1797

@@ -7,10 +7,11 @@ import os
 import sys
 
 import torch.distributed as dist
-from join_utils import deadline, timeout_seconds, what_to_check
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
+
+from mmagvm.launch.rendezvous import deadline, timeout_seconds, what_to_check
 
 
 def bound_rendezvous(seconds: int) -> None:

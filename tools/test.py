@@ -1,7 +1,10 @@
 """Evaluates a checkpoint of mmdet or mmseg on its test set."""
 
-from join_utils import lost_ranks_told
-from launch_utils import (
+from mmengine.config import Config
+
+from mmagvm.errors import UsageError, command
+from mmagvm.launch.rendezvous import lost_ranks_told
+from mmagvm.launch.runner import (
     build_runner,
     common_parser,
     join_ranks,
@@ -9,7 +12,6 @@ from launch_utils import (
     load_config,
     patience,
 )
-from mmengine.config import Config
 
 
 def parse_args():
@@ -36,7 +38,7 @@ def parse_args():
 def enable_visualization(cfg: Config, args) -> None:
     """Let the config's visualization hook draw."""
     if 'visualization' not in cfg.default_hooks:
-        raise SystemExit(
+        raise UsageError(
             '--show, --show-dir: the config has no '
             'default_hooks.visualization to draw with'
         )
@@ -65,7 +67,8 @@ def dump_predictions(cfg: Config, out: str) -> None:
     cfg.test_evaluator = [*evaluators, dict(type=dump, out_file_path=out)]
 
 
-def main():
+@command
+def main() -> None:
     args = parse_args()
     cfg = load_config(args)
     cfg.load_from = args.checkpoint

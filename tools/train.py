@@ -1,7 +1,11 @@
 """Trains a model of mmdet or mmseg, with AGVM if its config says so."""
 
-from join_utils import lost_ranks_told
-from launch_utils import (
+from mmengine.config import Config
+
+from mmagvm.errors import UsageError, command
+from mmagvm.launch.rendezvous import lost_ranks_told
+from mmagvm.launch.resume import choose_checkpoint
+from mmagvm.launch.runner import (
     build_runner,
     common_parser,
     join_ranks,
@@ -9,9 +13,6 @@ from launch_utils import (
     load_config,
     patience,
 )
-from mmengine.config import Config
-from resume_utils import choose_checkpoint
-
 from mmagvm.version import full_version
 
 
@@ -46,7 +47,7 @@ def enable_amp(cfg: Config) -> None:
     )
     plain = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if plain not in amp_of:
-        raise SystemExit(
+        raise UsageError(
             f'--amp: optim_wrapper.type={plain!r} has no mixed-precision '
             'counterpart: train without --amp'
         )
@@ -57,7 +58,7 @@ def enable_amp(cfg: Config) -> None:
 def enable_auto_scale_lr(cfg: Config) -> None:
     """Switch on the linear rule, if the config says from which batch."""
     if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-        raise SystemExit(
+        raise UsageError(
             '--auto-scale-lr: the config has no auto_scale_lr.base_batch_size,'
             ' the batch that its learning rate was made for: add '
             'auto_scale_lr=dict(base_batch_size=16) with its number'
@@ -65,7 +66,8 @@ def enable_auto_scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def main():
+@command
+def main() -> None:
     args = parse_args()
     cfg = load_config(args)
     if args.amp:

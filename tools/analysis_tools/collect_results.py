@@ -2,74 +2,16 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
 
-from run_log import Run, load_runs
-from run_summary import (
-    batch_size,
-    commit,
-    config_name,
-    divergence,
-    main_metrics,
-    metrics,
-    progress,
-    seed,
-)
+from mmagvm.analysis.results import markdown, result, without_nan
+from mmagvm.analysis.run_log import load_runs
+from mmagvm.analysis.run_summary import main_metrics
+from mmagvm.errors import command
 
 
-def result(run: Run) -> Dict[str, Any]:
-    """One run's row; None for what it did not record."""
-    return dict(
-        run=run.name,
-        config=config_name(run),
-        batch_size=batch_size(run),
-        seed=seed(run),
-        trained=progress(run),
-        diverged=divergence(run),
-        metrics=metrics(run),
-        commit=commit(run),
-        log=os.path.relpath(run.logs[-1]) if run.logs else None,
-        notes=run.notes,
-    )
-
-
-def markdown(results: List[Dict[str, Any]], tags: List[str]) -> str:
-    """A table; '-' stands for what was not recorded."""
-    header = ['config', 'batch size', 'seed', 'trained', *tags]
-    header += ['commit', 'log']
-    lines = [header, ['---'] * len(header)]
-    for row in results:
-        values = [_cell(row['metrics'].get(tag)) for tag in tags]
-        if row['diverged']:
-            values = [row['diverged'], *['-'] * (len(tags) - 1)]
-            if not tags:
-                row = dict(row, trained=f'{row["trained"]}; {row["diverged"]}')
-                values = []
-        log = row['log'] and f'[log]({row["log"]})'
-        cells = [row['config'], row['batch_size'], row['seed'], row['trained']]
-        cells += [*values, row['commit'], log]
-        lines.append([_cell(cell) for cell in cells])
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None or value != value:
-        return '-'
-    return f'{value:.3f}' if isinstance(value, float) else str(value)
-
-
-def _no_nan(value: Any) -> Any:
-    """The same for JSON, which has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {key: _no_nan(item) for key, item in value.items()}
-    if isinstance(value, float) and not abs(value) < float('inf'):
-        return None
-    return value
-
-
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('work_dir', type=Path, nargs='+')
@@ -81,7 +23,7 @@ def main() -> None:
     results = [result(run) for run in runs]
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps([_no_nan(row) for row in results], indent=1)
+        text = json.dumps([without_nan(row) for row in results], indent=1)
         args.json.write_text(text + '\n')
         print(args.json, file=sys.stderr)
     print(markdown(results, main_metrics(runs)))

@@ -10,8 +10,15 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from figures import QUANTITIES, draw, remarks, save, smoothing_width
-from run_log import load_runs, require_agvm
+
+from mmagvm.analysis.figures import (
+    QUANTITIES,
+    draw,
+    remarks,
+    save,
+    smoothing_width,
+)
+from mmagvm.analysis.run_log import load_runs, require_agvm
 
 
 def parse_args() -> argparse.Namespace:

@@ -5,195 +5,15 @@ module, and what that cost: all from what the runs logged.
 """
 
 import argparse
-import io
-import re
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
-import matplotlib.pyplot as plt
-from figures import (
-    axis_limits,
-    draw,
-    draw_curves,
-    module_styles,
-    remarks,
-    save,
-    smoothing_width,
-)
-from jinja2 import Environment, FileSystemLoader
-from run_log import Run, load_runs
-from run_summary import (
-    batch_size,
-    commit,
-    config_name,
-    divergence,
-    iteration_time,
-    main_metrics,
-    measurements,
-    metrics,
-    progress,
-    seed,
-    update_time,
-)
-
-#: A row of a table: its name, and a cell for each run.
-Row = Tuple[str, List[str]]
-
-MODULE_SECTIONS = {
-    'variance': (
-        'Gradient variance',
-        'How much the two halves of a batch disagree on the gradient of each '
-        'module: 0 not at all, 1 nothing in common. Raw faint, strong the '
-        'running mean of {width} measurements.',
-    ),
-    'lr_scale': (
-        'Learning-rate multiplier',
-        'What the learning rate of each module is multiplied by.',
-    ),
-    'noise_scale': (
-        'Noise scale',
-        "The batch size at which the noise of a module's gradient is as "
-        'large as its signal. Gaps are where no signal showed.',
-    ),
-}
+from mmagvm.analysis.report import page
+from mmagvm.analysis.run_log import load_runs
+from mmagvm.errors import command
 
 
-def flatten(value: Any, prefix: str = '') -> Iterator[Tuple[str, str]]:
-    """Settings by their dotted names."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from flatten(item, f'{prefix}.{key}' if prefix else str(key))
-    elif isinstance(value, (list, tuple)) and any(
-        isinstance(item, dict) for item in value
-    ):
-        for i, item in enumerate(value):
-            yield from flatten(item, f'{prefix}.{i}')
-    else:
-        yield prefix, repr(value)
-
-
-def settings(runs: Sequence[Run]) -> Tuple[List[Row], List[Row]]:
-    """Those that differ, and all."""
-    columns = [
-        dict(flatten(run.config.to_dict() if run.config else {}))
-        for run in runs
-    ]
-    keys = sorted({key for column in columns for key in column})
-    rows = [
-        (key, [column.get(key, '-') for column in columns]) for key in keys
-    ]
-    different = [
-        (key, cells)
-        for key, cells in rows
-        if len(set(cells)) > 1 and key != 'work_dir'
-    ]
-    return different, rows
-
-
-def facts(runs: List[Run]) -> List[Row]:
-    """Where runs came from and how they ended."""
-    rows = [
-        ('config', [config_name(run) for run in runs]),
-        ('mmagvm', [commit(run) or 'not recorded' for run in runs]),
-        ('seed', [_cell(seed(run)) for run in runs]),
-        ('batch size', [_cell(batch_size(run)) for run in runs]),
-        ('trained', [progress(run) for run in runs]),
-        ('result', [divergence(run) or 'did not diverge' for run in runs]),
-    ]
-    ends = [metrics(run) for run in runs]
-    main = main_metrics(runs)
-    tags = list(dict.fromkeys([*main, *(tag for end in ends for tag in end)]))
-    rows += [(tag, [_cell(end.get(tag)) for end in ends]) for tag in tags]
-    if any(run.notes for run in runs):
-        rows.append(('notes', ['; '.join(run.notes) or '-' for run in runs]))
-    return rows
-
-
-def costs(runs: Sequence[Run]) -> List[Row]:
-    """What was measured, what was skipped, and seconds."""
-    rows: Dict[str, List[str]] = {}
-    for run in runs:
-        counts, times = measurements(run), update_time(run)
-        skipped = '-'
-        if counts:
-            skipped = str(counts['skipped'])
-            if counts['skipped_by']:
-                steps = ', '.join(map(str, counts['skipped_by'][:5]))
-                more = ', ...' if len(counts['skipped_by']) > 5 else ''
-                skipped += f' (logged at iteration {steps}{more})'
-        share = '-' if not run.modules else 'too few logged to tell'
-        if times:
-            share = (
-                '{share:.1%}, 95 % interval {low:.1%} to {high:.1%}, with one '
-                'in {interval} measured ({count} compared)'
-            ).format(**times)
-            if times['low'] <= 0 <= times['high']:
-                share += ': within noise'
-        cells = {
-            'measurements': f'{counts["measured"]:.0f}' if counts else '-',
-            'skipped, for NaN or infinity': skipped,
-            'iteration': _seconds(iteration_time(run)),
-            'measured update': _seconds(times and times['measured']),
-            'other update': _seconds(times and times['unmeasured']),
-            "AGVM's share": share,
-        }
-        for name, cell in cells.items():
-            rows.setdefault(name, []).append(cell)
-    return list(rows.items())
-
-
-def _seconds(value: Any) -> str:
-    return '-' if value is None else f'{value:.4g} s'
-
-
-def _cell(value: Any) -> str:
-    if value is None or value != value:
-        return '-'
-    return f'{value:.4g}' if isinstance(value, float) else str(value)
-
-
-def sections(runs: List[Run]) -> Iterator[Dict[str, Any]]:
-    """Titles, texts and pictures, in their order."""
-    tags = ['loss', *main_metrics(runs)]
-    curves = []
-    for tag in tags:
-        found = [{**run.metrics, **run.series}.get(tag) for run in runs]
-        if any(found):
-            width = 5 if tag == 'loss' else 1
-            curves.append(draw_curves(runs, found, tag, width))
-    yield dict(
-        title='Curves',
-        text='The loss is the running mean of 5 logged values; metrics stand '
-        'at the last logged iteration before their validation.',
-        figures=curves,
-    )
-    agvm = [run for run in runs if run.modules]
-    names = list(MODULE_SECTIONS)
-    styles, limits = module_styles(agvm), axis_limits(agvm, names)
-    widths = sorted({smoothing_width(run) for run in agvm})
-    for name, (title, text) in MODULE_SECTIONS.items():
-        yield dict(
-            title=title,
-            text=text.format(width=' or '.join(map(str, widths))),
-            figures=[draw([run], [name], styles, limits) for run in agvm],
-        )
-
-
-def svg(figure: plt.Figure, prefix: str) -> str:
-    """A figure to stand inside a page, with text as text.
-
-    Its ids start with ``prefix``, for they must differ in the whole page.
-    """
-    out = io.StringIO()
-    with plt.rc_context({'svg.fonttype': 'none'}):
-        save(figure, out, 'svg')
-    plt.close(figure)
-    text = out.getvalue()
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{prefix}', text)
-    return text[text.index('<svg') :]
-
-
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('work_dir', type=Path, nargs='+')
@@ -206,37 +26,9 @@ def main() -> None:
     parser.add_argument('--title', help="default: the runs' names")
     args = parser.parse_args()
     runs = load_runs(args.work_dir)
-    if not any(run.modules for run in runs):
-        raise SystemExit(
-            f'{" ".join(map(str, args.work_dir))}: no agvm series was '
-            'logged: train with AGVMOptimWrapper and AGVMHook'
-        )
-    different, rows = settings(runs)
-    drawn = []
-    for section in sections(runs):
-        section['pictures'] = [
-            svg(figure, f'{len(drawn)}-{i}-')
-            for i, figure in enumerate(section['figures'])
-        ]
-        drawn.append(section)
-        print(f'drew {section["title"]}', file=sys.stderr)
-    here = Path(__file__).parent
-    template = Environment(
-        loader=FileSystemLoader(here), autoescape=True
-    ).get_template('report.html')
+    text = page(runs, args.title, lambda line: print(line, file=sys.stderr))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(
-        template.render(
-            title=args.title or ' / '.join(run.name for run in runs),
-            names=[run.name for run in runs],
-            facts=facts(runs),
-            remarks=remarks(runs, list(MODULE_SECTIONS)),
-            different=different,
-            settings=rows,
-            sections=drawn,
-            costs=costs(runs),
-        )
-    )
+    args.out.write_text(text)
     print(args.out)
 
 

@@ -15,11 +15,12 @@ from typing import Any, Dict, List, Sequence
 
 import matplotlib.pyplot as plt
 import torch
-from markdown_report import fill, machine, table, versions
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-from mmagvm.functional import pairs_noise, pairs_variance, split_variance
+from benchmarks.provenance import machine, versions
+from mmagvm.analysis.markdown import fill, table
+from mmagvm.core.functional import pairs_noise, pairs_variance, split_variance
 
 ESTIMATORS = ('split', 'pairs')
 #: Okabe and Ito's colours, which the colour-blind tell apart, and markers for
@@ -310,7 +311,12 @@ def parse_args() -> argparse.Namespace:
 
 def record_products(args: argparse.Namespace) -> Dict[str, Any]:
     """Record gradients; what the analysis needs of them."""
-    from record_gradients import CONFIG, build, reach_weights, record
+    from benchmarks.record_gradients import (
+        CONFIG,
+        build,
+        reach_weights,
+        record,
+    )
 
     checkpoint = args.checkpoint
     usual = Path('work_dirs/quickstart/epoch_4.pth')

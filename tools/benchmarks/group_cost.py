@@ -4,12 +4,12 @@ import time
 from typing import Any, Dict, List
 
 import torch
-from benchmark_models import build_model
-from markdown_report import ratio_summary, summary
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from torch import nn
 
 import mmagvm  # noqa: F401  registers everything
+from benchmarks.benchmark_models import build_model
+from mmagvm.analysis.statistics import ratio_summary, summary
 
 #: Models whose own config has a paramwise_cfg, with AdamW.
 MODELS = {

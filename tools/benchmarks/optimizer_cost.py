@@ -19,13 +19,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from benchmark_models import build_model
-from markdown_report import fill, machine, size, table, versions
 from mmdet.testing import demo_mm_inputs
 from mmengine.registry import OPTIMIZERS
 from torch import Tensor, nn
 
 import mmagvm  # noqa: F401  registers SOAP and Muon
+from benchmarks.benchmark_models import build_model
+from benchmarks.provenance import machine, versions
+from mmagvm.analysis.markdown import fill, size, table
 
 MODELS = {
     'Faster R-CNN R50': 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',

@@ -13,7 +13,6 @@ import argparse
 import datetime
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,13 +22,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from benchmark_models import build_detector, make_data
-from markdown_report import fill, machine, summary, table, versions
-from rank_cost import ESTIMATORS, PLAIN, Variant, update
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / 'misc'))
-
-from time_model import (  # noqa: E402
+from benchmarks.benchmark_models import build_detector, make_data
+from benchmarks.provenance import machine, versions
+from benchmarks.rank_cost import ESTIMATORS, PLAIN, Variant, update
+from mmagvm.analysis.markdown import fill, table
+from mmagvm.analysis.statistics import summary
+from mmagvm.planning.time_model import (  # noqa: E402
     Cluster,
     Gradients,
     all_reduce_seconds,

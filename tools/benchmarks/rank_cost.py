@@ -8,14 +8,14 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
-from benchmark_models import build_detector, make_data
-from counters import CollectiveBytes, HostReads, Profile
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
-from published_pattern import PublishedPattern, modules_of
 from torch import nn
 
-from mmagvm.optim_wrapper_constructor import find_modules
+from benchmarks.benchmark_models import build_detector, make_data
+from benchmarks.counters import CollectiveBytes, HostReads, Profile
+from benchmarks.published_pattern import PublishedPattern, modules_of
+from mmagvm.core.modules import find_modules
 
 #: Variants in the order of the tables. The second plain one is the control:
 #: whatever it differs from the first is noise.

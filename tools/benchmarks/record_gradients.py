@@ -15,7 +15,7 @@ from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
 import mmagvm  # noqa: F401  lets torch >= 2.6 load checkpoints
-from mmagvm.optim_wrapper_constructor import find_modules
+from mmagvm.core.modules import find_modules
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs/quickstart/faster-rcnn_r18_fpn_2xb8-agvm-4e_digits.py'

@@ -17,17 +17,9 @@ from typing import Any, Dict, List
 import numpy as np
 import torch
 import torch.multiprocessing as mp
-from markdown_report import (
-    fill,
-    machine,
-    quartiles,
-    ratio_summary,
-    size,
-    summary,
-    table,
-    versions,
-)
-from rank_cost import (
+
+from benchmarks.provenance import machine, versions
+from benchmarks.rank_cost import (
     CONTROL,
     ESTIMATORS,
     KINDS,
@@ -36,6 +28,8 @@ from rank_cost import (
     VARIANTS,
     run_rank,
 )
+from mmagvm.analysis.markdown import fill, quartiles, size, table
+from mmagvm.analysis.statistics import ratio_summary, summary
 
 #: Ratios this close to 1 count as 1, if all of their 95 % interval is.
 EQUAL = 0.02
@@ -484,7 +478,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         )
         save(results, args.out)  # what is done, should the rest be stopped
     if args.step_repetitions:
-        from group_cost import measure_groups
+        from benchmarks.group_cost import measure_groups
 
         results['optimizer_step'] = measure_groups(
             args.step_repetitions, device

@@ -8,345 +8,12 @@ run is too short to say.
 """
 
 import argparse
-import re
 import sys
-from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
 
-import numpy as np
-from batch_means import (
-    BLOCKS,
-    DRIFT,
-    LEAST_PER_BLOCK,
-    block_means,
-    draw_means,
-    drift,
-    interval,
-)
-from noise_scales import (
-    lr_scale_at,
-    measurements_needed,
-    noise_scale,
-    variance_at,
-)
-
-TOOLS = Path(__file__).resolve().parent.parent
-sys.path += [str(TOOLS / 'analysis_tools'), str(TOOLS / 'benchmarks')]
-
-from markdown_report import table  # noqa: E402
-from run_log import Run, load_run, require_agvm  # noqa: E402
-
-#: An interval as wide as this, upper over lower end, is no advice.
-TOO_WIDE = 4.0
-
-
-@dataclass
-class Measured:
-    """What a run measured, in the part of it that is used.
-
-    Symbols are those of noise_scales.py.
-
-    Args:
-        batch_size: B.
-        modules: Their names.
-        steps: (n,) iterations of the measurements.
-        cosines: (n, h), c.
-        lr_scale: (h,) average of mu that was in force.
-        logged: (h,) rho as AGVM logged it, infinite where it showed no
-            signal; NaN where it logged none.
-        total: Measurements logged in the whole run.
-    """
-
-    batch_size: int
-    modules: List[str]
-    steps: np.ndarray
-    cosines: np.ndarray
-    lr_scale: np.ndarray
-    logged: np.ndarray
-    total: int
-
-
-# -- reading the run
-
-
-def read_batch_size(run: Run) -> int:
-    """B, as AGVM told it at the start of the run's last part."""
-    for log in reversed(run.logs):
-        found = re.findall(
-            r'AGVM: batch size (\d+) =', log.read_text(errors='replace')
-        )
-        if found:
-            return int(found[-1])
-    raise SystemExit(
-        f'{run.work_dir}: no log tells the batch size: give the images of an '
-        'update, over all GPUs and accumulation, with --batch-size'
-    )
-
-
-def read_measured(run: Run, batch_size: int, begin: Optional[int]) -> Measured:
-    """The measurements from iteration ``begin``, or their second half.
-
-    Args:
-        run: Of which work dir.
-        batch_size: B.
-        begin: First iteration to use; None for the second half, since the
-            noise scale grows while a model learns.
-    """
-    series = run.by_module('variance')
-    # nothing can be advised on a module without a gradient all the time, nor
-    # on one that the run was resumed without
-    modules = [m for m in run.modules if np.isfinite(series[m][1]).any()]
-    last = max((series[m][0][-1] for m in modules), default=0)
-    modules = [m for m in modules if series[m][0][-1] == last]
-    steps = reduce(
-        np.intersect1d, [series[m][0] for m in modules] or [np.zeros(0)]
-    )
-    used = np.ones(len(steps), dtype=bool)
-    if begin is not None:
-        used = steps >= begin
-    else:
-        used[: len(steps) // 2] = False
-    count, least = int(used.sum()), BLOCKS * LEAST_PER_BLOCK
-    if count < least:
-        part = 'second half' if begin is None else f'part from --begin {begin}'
-        raise SystemExit(
-            f'{run.work_dir}: too short to say: the {part} has {count} logged '
-            f'measurements, {least} are needed: train longer, measure more '
-            'often (optim_wrapper.interval) and log each '
-            '(default_hooks.logger.interval), or use more with --begin'
-        )
-
-    def values(quantity: str, module: str) -> np.ndarray:
-        at, found = run.by_module(quantity).get(module, (steps[:0],) * 2)
-        return found[np.isin(at, steps[used])]
-
-    phi = np.stack([values('variance', m) for m in modules], 1)
-    # a run that was resumed with another estimator has it in one part only
-    logged = [values('noise_scale', m) for m in modules]
-    return Measured(
-        batch_size,
-        modules,
-        steps[used],
-        1 - phi,
-        np.array([values('lr_scale', m).mean() for m in modules]),
-        np.array([rho[-1] if len(rho) else np.nan for rho in logged]),
-        len(steps),
-    )
-
-
-# -- telling
-
-
-def number(value: float) -> str:
-    """Images to two digits, which is more than any run can tell."""
-    if not np.isfinite(value):
-        return 'no bound' if np.isinf(value) else '-'
-    return f'{float(f"{value:.2g}"):,.0f}' if value >= 10 else f'{value:.1f}'
-
-
-def with_interval(value: float, low: float, high: float) -> str:
-    return f'{value:.2f} ({low:.2f} to {high:.2f})'
-
-
-def noise_table(
-    measured: Measured, cosine: np.ndarray, draws: np.ndarray
-) -> str:
-    """What each module's noise scale is, and whether that can be said."""
-    batch = measured.batch_size
-    value = noise_scale(cosine, batch)
-    low, high = interval(noise_scale(draws, batch))
-    drifts = drift(measured.cosines)
-    rows = []
-    for i, module in enumerate(measured.modules):
-        if not np.isfinite(high[i]):
-            verdict = f'at least {number(low[i])}; too short to say how much'
-        elif high[i] > TOO_WIDE * low[i]:
-            verdict = 'its order of magnitude'
-        else:
-            verdict = 'known'
-        if drifts[i] > DRIFT:
-            verdict += '; it drifts'
-        rows.append(
-            (
-                module,
-                f'{1 - cosine[i]:.3f}',
-                number(value[i]),
-                f'{number(low[i])} to {number(high[i])}',
-                number(measured.logged[i]),
-                verdict,
-            )
-        )
-    return table(
-        (
-            'module',
-            f'phi at {batch}',
-            'noise scale',
-            '95 %',
-            'as logged',
-            'what is known',
-        ),
-        rows,
-    )
-
-
-def scale_table(
-    measured: Measured,
-    cosine: np.ndarray,
-    draws: np.ndarray,
-    batches: Sequence[int],
-    anchor: int,
-    settings: Tuple[float, Tuple[float, float]],
-) -> str:
-    """Gain of a step and multipliers at several batches."""
-    rows = []
-    for batch in batches:
-        old = measured.batch_size
-        # 1 / (1 + rho / B'), of the module that gains least from more images
-        gain = 1 - variance_at(cosine.max(), old, 2 * batch)
-        scale = lr_scale_at(cosine, old, batch, anchor, *settings)
-        low, high = interval(lr_scale_at(draws, old, batch, anchor, *settings))
-        rows.append(
-            (
-                f'{batch:,}',
-                f'{gain:.2f}',
-                *(
-                    with_interval(scale[i], low[i], high[i])
-                    for i in range(len(cosine))
-                    if i != anchor
-                ),
-            )
-        )
-    return table(
-        (
-            'batch',
-            f'gain of {measured.modules[int(cosine.argmax())]}',
-            *(
-                f'mu of {module}'
-                for i, module in enumerate(measured.modules)
-                if i != anchor
-            ),
-        ),
-        rows,
-    )
-
-
-def advise(
-    measured: Measured,
-    anchor: str,
-    eps: float,
-    ratio_range: Tuple[float, float],
-    batches: Sequence[int],
-) -> str:
-    """The whole advice, as text.
-
-    Args:
-        measured: Of a run.
-        anchor: The module that the others follow.
-        eps: As AGVM's.
-        ratio_range: As AGVM's.
-        batches: At which to tell mu; the run's own is added.
-    """
-    old = measured.batch_size
-    cosines = measured.cosines
-    draws = draw_means(cosines)
-    cosine = block_means(cosines, BLOCKS).mean(0)
-    modules = measured.modules
-    lines = [
-        f'{len(cosines)} of {measured.total} logged measurements, iterations '
-        f'{measured.steps[0]:.0f} to {measured.steps[-1]:.0f}, at batch {old}',
-        '',
-        noise_table(measured, cosine, draws),
-        '',
-    ]
-    if (drift(cosines) > DRIFT).any():
-        lines.append(
-            'Where it drifts, this is an average over a change, such as of '
-            'the learning rate: choose a part without one with --begin'
-        )
-    low, high = interval(draws)
-    for i, module in enumerate(modules):
-        if cosine[i] <= 0:
-            lines.append(
-                f'{module}: |G|^2 is estimated as negative: its noise scale '
-                'is undefined, only its lower bound counts'
-            )
-        elif low[i] <= 0:
-            needed = measurements_needed(cosine[i], low[i], len(cosines))
-            lines.append(
-                f'{module}: an upper bound would take about {needed} '
-                'measurements'
-            )
-    logged = measured.logged
-    scale_low, scale_high = (noise_scale(c, old) for c in (high, low))
-    outside = [
-        module
-        for i, module in enumerate(modules)
-        if logged[i] < scale_low[i] or logged[i] > scale_high[i]
-    ]
-    if outside:
-        lines.append(
-            f'What AGVM logged at the end for {", ".join(outside)}, a ratio '
-            'of moving averages, is outside: the noise scale changes, or the '
-            'size of gradients does'
-        )
-    if np.isnan(logged).all():
-        lines.append(
-            "estimator='split' logs no noise scale: taken from its phi, with "
-            "more error than estimator='pairs' has"
-        )
-    lines += ['', whole_model(measured, cosine, draws), '']
-    index = modules.index(anchor)
-    lines += [
-        f'What a step gains, of what it would with all images there are, in '
-        'the module with the least noise; and the multipliers to expect, '
-        f'following {anchor}:',
-        '',
-        scale_table(
-            measured,
-            cosine,
-            draws,
-            sorted({old, *batches}),
-            index,
-            (eps, ratio_range),
-        ),
-        '',
-        f'At {old} the run itself had, on average: '
-        + ', '.join(
-            f'{module} {value:.2f}'
-            for module, value in zip(modules, measured.lr_scale)
-            if module != anchor
-        )
-        + '. Single measurements scatter, which makes the average of a root '
-        'of a ratio larger than the root of the ratio of averages above, and '
-        'the moving average lags',
-    ]
-    return '\n'.join(lines)
-
-
-def whole_model(
-    measured: Measured, cosine: np.ndarray, draws: np.ndarray
-) -> str:
-    """Up to which batch every module gains, and beyond which none does."""
-    old = measured.batch_size
-    # the largest cosine has the smallest noise scale
-    first, last = int(cosine.argmax()), int(cosine.argmin())
-    low, high = interval(noise_scale(draws.max(1), old))
-    text = (
-        f'Whole model: up to a batch of {number(low)} every module gains from '
-        'more images'
-    )
-    if not np.isfinite(high):
-        return text + '; the run is too short to say where that ends'
-    end = noise_scale(cosine[last], old)
-    most = f'{number(float(end))} images' if np.isfinite(end) else 'any batch'
-    return (
-        f'{text}, beyond {number(high)} '
-        f'{measured.modules[first]} no longer does (best guess '
-        f'{number(float(noise_scale(cosine[first], old)))}); '
-        f'{measured.modules[last]} goes on to gain up to {most}'
-    )
+from mmagvm.analysis.run_log import load_run, require_agvm
+from mmagvm.errors import UsageError, command
+from mmagvm.planning.batch_advice import advise, read_batch_size, read_measured
 
 
 def parse_args() -> argparse.Namespace:
@@ -372,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@command
 def main() -> None:
     args = parse_args()
     for name, values in (
@@ -380,18 +48,18 @@ def main() -> None:
     ):
         for value in values:
             if value is not None and value < 1:
-                raise SystemExit(f'{name} {value}: write 1 or more images')
+                raise UsageError(f'{name} {value}: write 1 or more images')
     try:
         run = load_run(args.work_dir)
     except ValueError as error:
-        raise SystemExit(str(error)) from None
+        raise UsageError(str(error)) from None
     require_agvm(run)
     for note in run.notes:
         print(f'{run.name}: {note}', file=sys.stderr)
     batch = args.batch_size or read_batch_size(run)
     measured = read_measured(run, batch, args.begin)
     if run.anchor not in measured.modules:
-        raise SystemExit(
+        raise UsageError(
             f'{run.work_dir}: its anchor {run.anchor!r} was never measured: '
             'choose another with optim_wrapper.anchor'
         )

@@ -5,38 +5,22 @@ loads and builds it to see that it works, and tells what changed and why.
 """
 
 import argparse
-import os
 import warnings
 from pathlib import Path
-from typing import Any, List, Optional, Tuple
 
-from config_utils import (
-    build_model,
-    find_base_batch_size,
-    innermost,
-    load,
-    one_line,
-    refuse,
-)
-from large_batch_plan import (
-    OPTIONS,
-    Batch,
-    Plan,
-    check,
-    plan_training,
-    split_batch,
-)
-from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-import mmagvm  # noqa: F401  registers AGVM
-from mmagvm.hook import useless_sync_bn
-
-HEADER = '# Made by tools/misc/make_large_batch_config.py:\n'
+from mmagvm.errors import command
+from mmagvm.planning.config_reader import build_model, load
+from mmagvm.planning.large_batch import OPTIONS, check
+from mmagvm.planning.large_batch_config import (
+    advise_norm,
+    default_out,
+    plan,
+    verify,
+    write,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,123 +67,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plan(cfg: Config, args: argparse.Namespace) -> Tuple[Plan, Batch]:
-    """Everything that changes."""
-    for name in ('base_batch_size', 'images'):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            option = f'--{name.replace("_", "-")}'
-            refuse(
-                f'{option} {getattr(args, name)} is not a number: write 1 or '
-                'more'
-            )
-    batch = split_batch(args.batch_size, args.gpus, args.max_images_per_gpu)
-    base, source = (
-        (args.base_batch_size, '--base-batch-size')
-        if args.base_batch_size
-        else find_base_batch_size(args.config, cfg)
-    )
-    batch = Batch(
-        batch.size, batch.gpus, batch.images_per_gpu, batch.accumulation, base
-    )
-    result = Plan()
-    result.because(f'the original is for a batch of {base}: {source}')
-    result.diff['train_dataloader'] = dict(batch_size=batch.images_per_gpu)
-    result.because(
-        f'batch {batch.size} = {batch.gpus} GPUs x {batch.images_per_gpu} '
-        f'images x {batch.accumulation} accumulated micro-batches'
-    )
-    dataset = innermost(cfg.train_dataloader.dataset).get('type', '')
-    plan_training(result, cfg, batch, args.optimizer, dataset, args.images)
-    return result, batch
-
-
-def default_out(name: str, batch: Batch, optimizer: Optional[str]) -> Path:
-    stem = Path(name.split('::')[-1]).stem
-    accumulated = f'x{batch.accumulation}' if batch.accumulation > 1 else ''
-    suffix = f'-agvm-{optimizer.lower()}' if optimizer else '-agvm'
-    return Path(
-        f'{stem}_{batch.gpus}xb{batch.images_per_gpu}{accumulated}{suffix}.py'
-    )
-
-
-def write(out: Path, name: str, result: Plan) -> None:
-    if out.exists() and not out.read_text().startswith(HEADER):
-        refuse(
-            f'{out} is there and was not made by this tool: name another with '
-            '--out'
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    base = name
-    if '::' not in name:
-        base = Path(os.path.relpath(name, out.parent)).as_posix()
-    reasons = ''.join(f'# - {reason}\n' for reason in result.reasons)
-    body = Config(result.diff).pretty_text
-    out.write_text(f'{HEADER}{reasons}_base_ = [{base!r}]\n{body}')
-
-
-def verify(out: Path, result: Plan, model: nn.Module) -> List[str]:
-    """Load what was written and build its optimizer; the modules found."""
-    cfg = Config.fromfile(out)
-    compare(cfg.to_dict(), result.diff, '')
-    settings = cfg.optim_wrapper
-    if settings.type == 'AGVMAmpOptimWrapper':  # which needs a GPU
-        settings.type = 'AGVMOptimWrapper'
-        for key in ('loss_scale', 'dtype', 'use_fsdp'):
-            settings.pop(key, None)
-    try:
-        wrapper = build_optim_wrapper(model, settings)
-    except (ImportError, TypeError, ValueError) as error:
-        out.unlink()
-        return refuse(
-            f'with AGVM the config could not be used: {one_line(error)}'
-        )
-    return list(wrapper.modulator.modules)
-
-
-def compare(loaded: Any, wanted: Any, where: str) -> None:
-    """Raise if a value of ``wanted`` did not survive writing."""
-    if isinstance(wanted, dict):
-        for key, value in wanted.items():
-            if key != '_delete_':
-                compare(loaded[key], value, f'{where}.{key}')
-    elif isinstance(wanted, (list, tuple)):
-        assert len(loaded) == len(wanted), where
-        for index, (ours, theirs) in enumerate(zip(loaded, wanted)):
-            compare(ours, theirs, f'{where}[{index}]')
-    else:
-        assert loaded == wanted, f'{where}: {loaded!r} instead of {wanted!r}'
-
-
-def advise_norm(model: nn.Module, batch: Batch) -> List[str]:
-    """What to do about batch norm, which no tool can decide."""
-    snippet = (
-        "norm_cfg=dict(type='SyncBN', requires_grad=True), norm_eval=False"
-    )
-    advice = []
-    for name in useless_sync_bn(model):
-        advice.append(
-            f'{name} has synchronized norm layers that norm_eval=True '
-            'switches off: set norm_eval=False in it'
-        )
-    for name, module in model.named_children():
-        layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-        kinds = {type(layer).__name__ for layer in layers}
-        if not layers or any('Sync' in k or k == 'CGBN' for k in kinds):
-            continue
-        advice.append(
-            f'{name} has {len(layers)} batch norm layers, '
-            + (
-                'fixed by norm_eval=True; the paper trains them, with'
-                if getattr(module, 'norm_eval', False)
-                else f'whose statistics see the {batch.images_per_gpu} '
-                'images of one GPU; the paper synchronizes them, with'
-            )
-            + f" {snippet} (or type='CGBN', bn_size=16 or 32, for groups of "
-            'GPUs)'
-        )
-    return advice
-
-
+@command
 def main() -> None:
     args = parse_args()
     warnings.filterwarnings('ignore')  # of the hosts, about themselves

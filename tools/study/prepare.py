@@ -6,11 +6,12 @@ from typing import Any, Dict, Mapping
 
 import numpy as np
 import torch
-from digits2coco import draw_background, draw_digit, make_split
 from mmdet.models import ResNet
 from mmengine.logging import MMLogger
 from sklearn.datasets import load_digits
 from torch import nn
+
+from mmagvm.datasets.digits import draw_background, draw_digit, make_split
 
 SPLITS = ('train', 'tune', 'test')
 

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any, Dict, List, Mapping
 
-import in_memory  # noqa: F401  registers its data set
-from config_utils import load
 from mmengine.config import Config
-from plan import Run
+
+from mmagvm.planning.config_reader import load
+from study import in_memory  # noqa: F401  registers its data set
+from study.plan import Run
 
 DIGITS = tuple('0123456789')
 #: A digit upside down is another one.

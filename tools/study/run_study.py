@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Set
 
 from mmengine.config import Config
-from plan import Result, Run, by_run, plan
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,23 +26,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from study import prepare
+from study.plan import Result, Run, by_run, plan
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PATHS = [
-    str(ROOT),
-    *(
-        str(ROOT / 'tools' / folder)
-        for folder in ('analysis_tools', 'dataset_converters', 'misc')
-    ),
-]
-sys.path += PATHS
-
-import prepare  # noqa: E402
+#: Where a run finds the code of this checkout.
+PATHS = [str(ROOT), str(ROOT / 'tools')]
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--study', type=Path, default=HERE / 'study.py')
+    parser.add_argument('--study', type=Path, default=HERE / 'declaration.py')
     parser.add_argument('--results', type=Path, default=HERE / 'results.jsonl')
     parser.add_argument(
         '--work-dir', type=Path, default=ROOT / 'work_dirs/study'

@@ -1,6 +1,6 @@
 # The smallest slice that means something: two batch sizes, two methods, one
 # rate and one seed each, a third of the images shown. For smoke.sh.
-_base_ = './study.py'
+_base_ = './declaration.py'
 data = dict(
     root='data/study_smoke/',
     train=dict(images=2048),

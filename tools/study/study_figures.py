@@ -4,9 +4,17 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 
 import numpy as np
-from figures import COLOURS, DASHES, MARKERS, PAGE, TEXT, plt
-from plan import Cell, Done, best_rate, is_tuned
-from study_results import cells_of, ended, finals, on_images, on_test, series
+
+from mmagvm.analysis.figures import COLOURS, DASHES, MARKERS, PAGE, TEXT, plt
+from study.plan import Cell, Done, best_rate, is_tuned
+from study.study_results import (
+    cells_of,
+    ended,
+    finals,
+    on_images,
+    on_test,
+    series,
+)
 
 #: What is shown.
 SHOWN = 'faster_rcnn'

@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import numpy as np
-from plan import Cell, Done, Result, final_rate, plan
 from scipy import stats
+
+from study.plan import Cell, Done, Result, final_rate, plan
 
 NOT_RUN = 'not run'
 

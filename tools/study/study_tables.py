@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any, Dict, List, Mapping, Tuple
 
 import numpy as np
-from markdown_report import table
-from plan import (
+
+from mmagvm.analysis.markdown import table
+from study.plan import (
     Cell,
     Done,
     Run,
@@ -16,7 +17,7 @@ from plan import (
     is_tuned,
     tuning_rates,
 )
-from study_results import (
+from study.study_results import (
     NOT_RUN,
     cells_of,
     ended,

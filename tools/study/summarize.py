@@ -1,26 +1,19 @@
 """Tables and figures of a study's results, written into docs/evidence.md."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from mmengine.config import Config
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path += [
-    str(ROOT / 'tools' / folder) for folder in ('analysis_tools', 'benchmarks')
-]
-
-from markdown_report import fill  # noqa: E402
-from plan import by_run, is_tuned, plan  # noqa: E402
-from run_study import read_results  # noqa: E402
-from study_figures import (  # noqa: E402
+from mmagvm.analysis.markdown import fill
+from study.plan import by_run, is_tuned, plan
+from study.run_study import read_results
+from study.study_figures import (
     draw_batch_sizes,
     draw_rates,
     draw_variance,
 )
-from study_tables import (  # noqa: E402
+from study.study_tables import (
     cost_table,
     gain_table,
     results_table,
@@ -31,10 +24,13 @@ from study_tables import (  # noqa: E402
     variants_table,
 )
 
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--study', type=Path, default=HERE / 'study.py')
+    parser.add_argument('--study', type=Path, default=HERE / 'declaration.py')
     parser.add_argument('--results', type=Path, default=HERE / 'results.jsonl')
     parser.add_argument('--out', type=Path, default=ROOT / 'docs/evidence.md')
     parser.add_argument(

@@ -14,12 +14,12 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.runner import Runner
-from plan import Run, fingerprint
-from run_config import epoch_iterations, make_config
-from run_log import QUANTITIES, Series, load_run
-from run_summary import measurements, update_time
 
+from mmagvm.analysis.run_log import QUANTITIES, Series, load_run
+from mmagvm.analysis.run_summary import measurements, update_time
 from mmagvm.version import full_version
+from study.plan import Run, fingerprint
+from study.run_config import epoch_iterations, make_config
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Tracked, and appended to while runs go on.

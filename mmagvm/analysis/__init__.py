@@ -1,0 +1,1 @@
+"""What runs logged: read, summarized, drawn."""

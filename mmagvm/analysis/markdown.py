@@ -1,0 +1,51 @@
+"""Tables in Markdown, and pages that they are written into."""
+
+from pathlib import Path
+from typing import Dict, Sequence
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns also line up in a terminal."""
+    lines = [list(header), *[list(row) for row in rows]]
+    widths = [max(3, *map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ['-' * width for width in widths])
+    return '\n'.join(
+        '| '
+        + ' | '.join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
+        )
+        + ' |'
+        for line in lines
+    )
+
+
+def quartiles(stats: Dict[str, float], digits: int, factor: float = 1) -> str:
+    """``median (q1 to q3)``."""
+    median, q1, q3 = (
+        f'{stats[key] * factor:.{digits}f}' for key in ('median', 'q1', 'q3')
+    )
+    return f'{median} ({q1} to {q3})'
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, scale in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
+        if abs(count) >= scale:
+            return f'{count / scale:.1f} {unit}'
+    return f'{count:.0f} B'
+
+
+def fill(path: Path, name: str, text: str) -> None:
+    """Write ``text`` between a file's two comments that carry ``name``.
+
+    A file that has them not, or does not exist, gets them at its end.
+    """
+    begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
+    old = path.read_text() if path.exists() else ''
+    if begin not in old:
+        old += f'{begin}\n{end}\n'
+    before, rest = old.split(begin, 1)
+    after = rest.split(end, 1)[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{before}{begin}\n{text.strip()}\n{end}{after}')

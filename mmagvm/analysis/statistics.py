@@ -1,0 +1,40 @@
+"""Medians and their intervals."""
+
+import math
+from typing import Dict, Sequence
+
+import numpy as np
+
+
+def summary(values: Sequence[float]) -> Dict[str, float]:
+    """Median, quartiles and the 95 % interval of the median.
+
+    The interval is between two of the values, by order statistics: it
+    supposes nothing of the distribution.
+    """
+    ordered = np.sort(np.asarray(values, dtype=float))
+    n = len(ordered)
+    outside = 0  # values left out at either end
+    below = 1.0  # of 2^n: so many ways has the median to be among those
+    while 2 * below <= 0.05 * 2.0**n:
+        outside += 1
+        below += math.comb(n, outside)
+    outside = max(outside - 1, 0)
+    return dict(
+        median=float(np.median(ordered)),
+        q1=float(np.quantile(ordered, 0.25)),
+        q3=float(np.quantile(ordered, 0.75)),
+        low95=float(ordered[outside]),
+        high95=float(ordered[n - 1 - outside]),
+        n=n,
+    )
+
+
+def ratio_summary(
+    numerators: Sequence[float], denominators: Sequence[float]
+) -> Dict[str, float]:
+    """:func:`summary` of the ratios within each repetition.
+
+    What slows a whole repetition down, such as another program, cancels.
+    """
+    return summary(np.divide(numerators, denominators).tolist())

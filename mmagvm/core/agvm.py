@@ -1,0 +1,412 @@
+"""AGVM around an optimizer, in any training loop."""
+
+import logging
+from contextlib import contextmanager, nullcontext
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+import torch
+from torch import Tensor, nn
+
+from mmagvm.core.functional import clip_divisor
+from mmagvm.core.grad_variance import GradVariance, build_grad_variance
+from mmagvm.core.modulator import Modulator
+from mmagvm.core.settings import Settings
+
+logger = logging.getLogger('mmagvm')
+
+
+class AGVM:
+    """Scales every module's learning rate so that its gradient variance
+    follows the anchor's (AGVM, Alg. 1 and 2).
+
+    Every ``interval`` updates the variance phi = 1 - cos(G1, G2) of each
+    module is measured from the two halves of the batch, and the module's
+    multiplier becomes
+
+        mu <- ema_decay * mu + (1 - ema_decay) * ratio,
+        ratio = clip(sqrt((phi_anchor + eps) / (phi + eps)), ratio_range)
+
+    (Eq. 41, 42). Each update then steps with ``lr * mu``; afterwards every
+    learning rate is what it was, so schedulers never see mu.
+
+    In a plain loop, with gradients of K micro-batches accumulated:
+
+        optimizer = SGD(module_groups(model), lr=0.1, momentum=0.9)
+        agvm = AGVM(optimizer, ddp_model, Settings(begin=500), K)
+        for batch in loader:
+            with agvm.micro_batch(scaler):
+                scaler.scale(ddp_model(batch) / K).backward()
+            if agvm.step(scaler, max_norm=10):
+                scaler.update()
+                optimizer.zero_grad()
+
+    A loop that steps otherwise calls what these two are made of.
+
+    Args:
+        optimizer: Any torch optimizer with a group of parameters for each
+            module, as :func:`~mmagvm.core.modules.module_groups` makes them.
+            phi is measured on gradients as it scales them, where that is
+            known: Adam's family (Alg. 2) and SOAP; on raw ones else, as for
+            SGD, LARS and Muon.
+        model: As training calls it, in its data-parallel wrapper if any. None
+            if :meth:`attach` will be called when it is known.
+        settings: When and how it measures. Defaults to all defaults.
+        accumulation: Micro-batches in an update. Defaults to 1.
+
+    Raises:
+        ValueError: A setting cannot work with this model; says what to write.
+
+    Attributes:
+        settings (Settings): As given.
+        modulator (Modulator): phi and mu of every module.
+        update (int): Updates done, which is the index of the coming one.
+        batch (dict): ``ranks``, ``images_per_rank`` and
+            ``accumulative_counts`` of the run, once :meth:`set_batch` has
+            told them.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: Optional[nn.Module] = None,
+        settings: Optional[Settings] = None,
+        accumulation: int = 1,
+    ) -> None:
+        self.optimizer = optimizer
+        self.settings = settings or Settings()
+        self.accumulation = accumulation
+        self._group_modules = _group_modules(optimizer)
+        modules = list(dict.fromkeys(self._group_modules))
+        if self.settings.anchor not in modules:
+            raise ValueError(
+                f'anchor={self.settings.anchor!r} is no module with trainable '
+                f'parameters: set anchor to one of {modules}'
+            )
+        low, high = self.settings.ratio_range
+        self.modulator = Modulator(
+            modules,
+            self.settings.anchor,
+            self.settings.ema_decay,
+            self.settings.eps,
+            (float(low), float(high)),
+        )
+        self.update = 0
+        self.batch: Dict[str, int] = {}
+        self._model: Optional[nn.Module] = None
+        self._grad_variance: Optional[GradVariance] = None
+        self._micro_batches = 0  # of this update that are done
+        self._stepped = False
+        self._told_raw = False
+        # a loss scaler may skip the step
+        optimizer.register_step_post_hook(self._note_step)
+        if model is not None:
+            self.attach(model)
+
+    # -- what is measured
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model that is trained has been seen."""
+        return self._grad_variance is not None
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the update that is under way is measured."""
+        measured = self._grad_variance
+        return measured is not None and measured.measuring
+
+    @property
+    def world_size(self) -> int:
+        """Ranks whose gradients are averaged; 1 before training starts."""
+        measured = self._grad_variance
+        return 1 if measured is None else measured.world_size
+
+    def attach(self, model: nn.Module) -> None:
+        """See the model as training calls it; only the first one counts."""
+        if self._grad_variance is None:
+            modules = self.modulator.modules
+            self._model = model
+            self._grad_variance = build_grad_variance(
+                self.settings.estimator,
+                self.optimizer,
+                [modules.index(module) for module in self._group_modules],
+                model,
+                self.accumulation,
+                self.settings.comm_hook,
+            )
+
+    def begin_update(self, loss_scale: Optional[Tensor] = None) -> None:
+        """Measure this update if it is due; before its first forward pass.
+
+        Args:
+            loss_scale: By what a loss scaler multiplies all gradients, one
+                number on their device. None for 1.
+        """
+        if self._grad_variance is not None and self.settings.is_due(
+            self.update
+        ):
+            self._grad_variance.start(loss_scale)
+
+    def before_last_forward(self) -> None:
+        """Before the forward pass of the update's last micro-batch."""
+        if self._grad_variance is not None and self._grad_variance.measuring:
+            self._grad_variance.before_last_backward()
+
+    def after_backward(self, micro_batch: int) -> None:
+        """After the backward pass of each accumulated micro-batch.
+
+        Args:
+            micro_batch: How many of this update's are done, from 1.
+        """
+        if self._grad_variance is not None:
+            self._grad_variance.after_backward(micro_batch)
+
+    def measure(self, clip_grad: Optional[Dict[str, Any]] = None) -> None:
+        """Turn what was measured, if anything, into new multipliers.
+
+        Before gradients are unscaled or clipped.
+
+        Args:
+            clip_grad: How they will be clipped, as MMEngine has it.
+        """
+        grad_variance = self._grad_variance
+        if grad_variance is None or not grad_variance.measuring:
+            return
+        measurement = grad_variance.measure(self._clip_divisor(clip_grad))
+        self.modulator.update(self.update, measurement)
+        self._tell_raw(grad_variance)
+
+    def _clip_divisor(
+        self, clip_grad: Optional[Dict[str, Any]]
+    ) -> Optional[Tensor]:
+        """By what clipping will divide gradients, where that counts.
+
+        Adam's second moment, of clipped gradients, is compared with this
+        update's.
+        """
+        if (
+            self._grad_variance is None
+            or self.settings.estimator != 'split'
+            or 'max_norm' not in (clip_grad or {})
+            or not self._grad_variance.preconditioner.adaptive
+        ):
+            return None
+        assert clip_grad is not None
+        norm = self._grad_variance.grad_norm(
+            float(clip_grad.get('norm_type', 2))
+        )
+        return clip_divisor(norm, float(clip_grad['max_norm']))
+
+    def _tell_raw(self, grad_variance: GradVariance) -> None:
+        """Say once if Alg. 2 might be expected but cannot be had."""
+        state = self.optimizer.state
+        if self._told_raw or not any(state.values()):
+            return
+        self._told_raw = True
+        kept = set().union(*state.values()) - {'momentum_buffer'}
+        if kept and not grad_variance.preconditioner.adaptive:
+            logger.info(
+                '%s keeps %s, from which it is not known how it scales '
+                'gradients: its variance is measured on raw gradients, as for '
+                'SGD',
+                type(self.optimizer).__name__,
+                ', '.join(sorted(kept)),
+            )
+
+    # -- the scaled step
+
+    @contextmanager
+    def scaled_step(self) -> Iterator[None]:
+        """The optimizer steps in here: with ``lr * mu``, then the old lr.
+
+        Counts the update, unless a loss scaler skips it.
+        """
+        groups = self.optimizer.param_groups
+        scale = self.modulator.lr_scale
+        saved = [group['lr'] for group in groups]
+        self._stepped = False
+        try:
+            if self.settings.modulate:
+                for group, lr, module in zip(
+                    groups, saved, self._group_modules
+                ):
+                    group['lr'] = lr * scale[module]
+            yield
+        finally:
+            for group, lr in zip(groups, saved):
+                group['lr'] = lr
+        self.update += self._stepped
+
+    def _note_step(self, *_: Any) -> None:
+        self._stepped = True
+
+    # -- for a plain loop
+
+    @contextmanager
+    def micro_batch(
+        self, scaler: Optional['torch.amp.GradScaler'] = None
+    ) -> Iterator[None]:
+        """Around forward and backward of a micro-batch.
+
+        Ranks exchange gradients in the last one of an update only.
+
+        Args:
+            scaler: The loss scaler, if there is one.
+        """
+        assert self._model is not None, 'give AGVM the model'
+        last = self._micro_batches == self.accumulation - 1
+        if self._micro_batches == 0:
+            self.begin_update(scale_of(scaler, self.optimizer))
+        if last:
+            self.before_last_forward()
+        no_sync: Callable[[], Any] = nullcontext
+        if not last:
+            no_sync = getattr(self._model, 'no_sync', nullcontext)
+        with no_sync():
+            yield
+        self._micro_batches += 1
+        self.after_backward(self._micro_batches)
+
+    def step(
+        self,
+        scaler: Optional['torch.amp.GradScaler'] = None,
+        max_norm: Optional[float] = None,
+    ) -> bool:
+        """Measure, clip and step, if the update's micro-batches are done.
+
+        Args:
+            scaler: The loss scaler, if there is one; its ``update`` is left
+                to the loop.
+            max_norm: Largest norm of the gradient. None for any.
+
+        Returns:
+            Whether the update is done, and gradients are to be zeroed.
+        """
+        if self._micro_batches < self.accumulation:
+            return False
+        self._micro_batches = 0
+        self.measure(None if max_norm is None else dict(max_norm=max_norm))
+        if max_norm is not None:
+            if scaler is not None:
+                scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(
+                [p for g in self.optimizer.param_groups for p in g['params']],
+                max_norm,
+            )
+        with self.scaled_step():
+            if scaler is None:
+                self.optimizer.step()
+            else:
+                scaler.step(self.optimizer)
+        return True
+
+    # -- what is logged
+
+    @property
+    def noise_scale(self) -> Dict[str, float]:
+        """Gradient noise scale of every module in images (McCandlish 2018).
+
+        The batch size at which the gradient's noise is as large as its
+        signal: 1 until it has been measured, infinite while no signal shows.
+        In samples while the batch has not been told.
+        """
+        images = images_per_sample(self.batch) if self.batch else 1
+        samples = self.modulator.noise_scale
+        return {
+            module: images * samples[module] if module in samples else 1.0
+            for module in self.modulator.modules
+        }
+
+    def quantities(self) -> Dict[str, Dict[str, float]]:
+        """What is logged of every module, by quantity."""
+        found = dict(
+            variance=self.modulator.variance, lr_scale=self.modulator.lr_scale
+        )
+        if self.settings.estimator == 'pairs':
+            found['noise_scale'] = self.noise_scale
+        return found
+
+    def scalars(self) -> Dict[str, float]:
+        """All numbers to log, such as ``agvm_lr_scale/<module>``."""
+        found = {
+            f'agvm_{quantity}/{module}': value
+            for quantity, values in self.quantities().items()
+            for module, value in values.items()
+        }
+        found['agvm/measured'] = self.modulator.measured
+        found['agvm/skipped'] = self.modulator.skipped
+        return found
+
+    @property
+    def attempts(self) -> int:
+        """Measurements so far, whether they took effect or not."""
+        return self.modulator.measured + self.modulator.skipped
+
+    def set_batch(self, batch: Dict[str, int]) -> None:
+        """Tell how the batch is made up, which a checkpoint may not share.
+
+        Args:
+            batch: ``ranks``, ``images_per_rank`` in a micro-batch, and
+                ``accumulative_counts``, its micro-batches.
+        """
+        if self.batch:
+            self.modulator.resize_samples(
+                images_per_sample(batch) / images_per_sample(self.batch)
+            )
+        self.batch = batch
+
+    # -- the state that travels
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, by name of module."""
+        return dict(
+            self.modulator.state_dict(),
+            update=self.update,
+            batch=dict(self.batch),
+        )
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, of other modules too."""
+        self.modulator.load_state_dict(state)
+        self.update = state['update']
+        self.batch = dict(state['batch'])
+
+
+def images_per_sample(batch: Dict[str, int]) -> int:
+    """Images whose mean gradient is one sample: a rank's or a micro-batch's.
+
+    Args:
+        batch: As :attr:`AGVM.batch`.
+    """
+    several = batch['accumulative_counts'] if batch['ranks'] > 1 else 1
+    return batch['images_per_rank'] * several
+
+
+def scale_of(
+    scaler: Optional['torch.amp.GradScaler'], optimizer: torch.optim.Optimizer
+) -> Optional[Tensor]:
+    """By what a loss scaler multiplies gradients, on their device.
+
+    Through a public method, and without a transfer.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return None
+    device = optimizer.param_groups[0]['params'][0].device
+    scale: Tensor = scaler.scale(torch.ones((), device=device))
+    return scale
+
+
+def _group_modules(optimizer: torch.optim.Optimizer) -> List[str]:
+    """The module of every parameter group."""
+    if not all('module' in group for group in optimizer.param_groups):
+        raise ValueError(
+            'the parameters are not grouped by module: set '
+            "constructor='AGVMOptimWrapperConstructor' in optim_wrapper, or "
+            'in a loop of your own make the groups with module_groups(model)'
+        )
+    if any(group.get('lr') is None for group in optimizer.param_groups):
+        raise ValueError(
+            f'{type(optimizer).__name__} has no learning rate to scale: set '
+            'lr in optim_wrapper.optimizer'
+        )
+    return [group['module'] for group in optimizer.param_groups]

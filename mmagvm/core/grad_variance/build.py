@@ -1,0 +1,142 @@
+"""Picks the estimator that fits how a model is trained, or says why none."""
+
+from typing import Callable, Dict, Optional, Sequence, Tuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .base import GradVariance
+from .pairs import PairsMicroBatches, PairsRanks
+from .split import SplitMicroBatches, SplitRanks
+
+Builders = Tuple[Callable[..., GradVariance], Callable[..., GradVariance]]
+
+#: By name: over ranks, and over one rank's micro-batches.
+ESTIMATORS: Dict[str, Builders] = {
+    'split': (SplitRanks, SplitMicroBatches),
+    'pairs': (PairsRanks, PairsMicroBatches),
+}
+#: Names of model wrappers that keep gradients in shards of their own.
+SHARDED = (
+    'DeepSpeedEngine',
+    'MMDeepSpeedEngineWrapper',
+    'FullyShardedDataParallel',
+)
+#: torch's modules of communication hooks that do not return the mean of the
+#: ranks' gradients.
+INEXACT_HOOKS = ('powerSGD_hook', 'post_localSGD_hook')
+
+
+def build_grad_variance(
+    estimator: str,
+    optimizer: torch.optim.Optimizer,
+    modules: Sequence[int],
+    model: nn.Module,
+    accumulative_counts: int,
+    comm_hook: Optional[str] = None,
+) -> GradVariance:
+    """The estimator for ``model``.
+
+    Args:
+        estimator: A key of ``ESTIMATORS``.
+        optimizer: Of all trainable parameters.
+        modules: Index of each parameter group's module, 0 to h - 1.
+        model: As training calls it, in its data-parallel wrapper if any.
+        accumulative_counts: Micro-batches in an update.
+        comm_hook: As in :class:`RankVariance`.
+
+    Raises:
+        ValueError: AGVM cannot measure in this setting; says what can.
+    """
+    refuse_sharded_model(model)
+    _refuse_sharded_state(optimizer)
+    _refuse_sparse_gradients(model)
+    over_ranks, over_micro_batches = ESTIMATORS[estimator]
+    # MMSeparateDistributedDataParallel is one by name only
+    if isinstance(model, DistributedDataParallel) and hasattr(
+        model, 'process_group'
+    ):
+        if dist.get_world_size(model.process_group) > 1:
+            _refuse_inexact_means(model)
+            return over_ranks(optimizer, modules, model, comm_hook)
+    elif dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f'AGVM measures in the gradient reduction of DistributedData'
+            f'Parallel, but with {dist.get_world_size()} ranks the model is '
+            f'a {type(model).__name__}: train with MMDistributedDataParallel'
+        )
+    if accumulative_counts < 2:
+        raise ValueError(
+            'AGVM compares parts of the batch, and one rank with '
+            f'accumulative_counts={accumulative_counts} has only one part: '
+            'train on 2 or more ranks, or set accumulative_counts=2 or more '
+            'in optim_wrapper'
+        )
+    return over_micro_batches(optimizer, modules, accumulative_counts)
+
+
+def refuse_sharded_model(model: nn.Module) -> None:
+    """Raise a ValueError if the model's wrapper keeps shards."""
+    wrappers = {cls.__name__ for cls in type(model).__mro__}
+    for name in SHARDED:
+        if name in wrappers:
+            raise ValueError(
+                f'AGVM does not support {name}, which keeps gradients and '
+                'optimizer in shards of its own: train with '
+                'MMDistributedDataParallel'
+            )
+
+
+def _refuse_inexact_means(model: DistributedDataParallel) -> None:
+    """Refuse what leaves a gradient that is not the mean over the ranks."""
+    for hook, _ in getattr(model, '_comm_hooks', ()):
+        if str(hook.__module__).rpartition('.')[2] in INEXACT_HOOKS:
+            raise ValueError(
+                'AGVM compares local gradients with their mean, and the '
+                f'communication hook {hook.__name__} returns something else: '
+                "leave it out, or set comm_hook='fp16' or 'bf16' in "
+                'optim_wrapper instead'
+            )
+    ignored = sorted(
+        name
+        for name, param in model.module.named_parameters()
+        if param.requires_grad and name in model.parameters_to_ignore
+    )
+    if ignored:
+        raise ValueError(
+            f'the model tells DistributedDataParallel to ignore {ignored[0]}, '
+            'so its gradient differs between ranks, and so would lr_scale: '
+            'freeze it (requires_grad=False), or let it be averaged'
+        )
+
+
+def _refuse_sparse_gradients(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if (
+            isinstance(layer, (nn.Embedding, nn.EmbeddingBag))
+            and layer.sparse
+            and layer.weight.requires_grad
+        ):
+            raise ValueError(
+                f'AGVM does not support sparse gradients: set sparse=False in '
+                f'the {type(layer).__name__} {name}'
+            )
+
+
+def _refuse_sharded_state(optimizer: torch.optim.Optimizer) -> None:
+    groups = optimizer.param_groups
+    if any(type(p).__name__ == 'DTensor' for g in groups for p in g['params']):
+        raise ValueError(
+            'AGVM does not support sharded parameters (fully_shard): train '
+            'with MMDistributedDataParallel'
+        )
+    optimizers = {cls.__name__ for cls in type(optimizer).__mro__}
+    if 'ZeroRedundancyOptimizer' in optimizers:
+        raise ValueError(
+            'AGVM does not support ZeroRedundancyOptimizer: the state is '
+            'spread over the ranks, and MMEngine hangs when it saves it, as '
+            'it gathers it on one rank only: set optimizer.type in '
+            "optim_wrapper to the optimizer itself, such as 'AdamW'"
+        )

@@ -1,0 +1,151 @@
+"""Estimator ``pairs``: all pairs of samples, from norms alone.
+
+A sample is a rank's gradient, or a micro-batch's. Of W samples g_r it needs
+r2 = mean |g_r|^2, known before they are averaged, and g2 = |mean g_r|^2,
+known afterwards: nothing but r2 of every module has to be sent.
+"""
+
+from abc import abstractmethod
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmagvm.core.functional import pairs_noise, pairs_variance, squared_norms
+
+from .base import GradVariance, Measurement, slices_with_grad
+from .ranks import RankVariance
+
+
+class Pairs(GradVariance):
+    """phi, and the noise scale, from r2 and g2.
+
+    Gradients are preconditioned by the state before this update, since this
+    update's is not known before the average; while there is none, nothing is
+    measured.
+    """
+
+    #: W, how many samples are compared.
+    samples: int
+
+    @property
+    def can_measure(self) -> bool:
+        return self.preconditioner.past_known
+
+    @abstractmethod
+    def local_squares(self) -> Tensor:
+        """(h,) r2 of every module."""
+
+    def measure(self, clip: Optional[Tensor] = None) -> Measurement:
+        # clipping cancels in phi: the divisor knows no gradient of this update
+        self.measuring = False
+        squares = torch.stack(
+            [self.local_squares(), self.sum_by_module(self._mean_squares)], 1
+        ).cpu()
+        local, mean = squares.unbind(1)
+        signal, noise = pairs_noise(local, mean, self.samples)
+        return Measurement(
+            pairs_variance(local, mean, self.samples),
+            bool(squares.isfinite().all()),
+            signal,
+            noise,
+        )
+
+    def _mean_squares(self, group: Dict[str, Any]) -> Iterator[Tensor]:
+        for params, grads in slices_with_grad(group):
+            yield self.squares(group, params, grads).sum()
+
+    def squares(
+        self,
+        group: Dict[str, Any],
+        params: Sequence[Tensor],
+        grads: List[Tensor],
+    ) -> Tensor:
+        """Squared norms of gradients of one group's parameters, (n,)."""
+        grads = self.unscaled(grads)
+        return squared_norms(self.preconditioner.by_past(group, params, grads))
+
+
+class PairsRanks(Pairs, RankVariance):
+    """Every rank against every other: h floats to send."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.samples = self.world_size
+        self._squares: Dict[Tensor, Tensor] = {}
+
+    def before_last_backward(self) -> None:
+        self._squares = {}
+        super().before_last_backward()
+
+    def see(self, param: Tensor, grad: Tensor, group: Dict[str, Any]) -> None:
+        self._squares[param] = self.squares(group, [param], [grad])[0]
+
+    def local_squares(self) -> Tensor:
+        self._remove_hooks()
+        squares, self._squares = self._squares, {}
+
+        def square_of(group: Dict[str, Any]) -> List[Tensor]:
+            parts = [squares[p] for p in group['params'] if p in squares]
+            if parts:
+                return [torch.stack(parts).sum()]
+            # not used by this rank, but maybe by others
+            first: Tensor = group['params'][0]
+            return [first.new_zeros((), dtype=torch.float64)]
+
+        local = self.sum_by_module(square_of) / self.world_size
+        dist.all_reduce(local, group=self.group)
+        return local
+
+
+class PairsMicroBatches(Pairs):
+    """Every micro-batch of one rank against every other.
+
+    A micro-batch's gradient is what it adds to the accumulated one, of which
+    a copy is kept meanwhile.
+
+    Args:
+        optimizer: As in the base class.
+        modules: As in the base class.
+        accumulative_counts: K, 2 or more.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        modules: Sequence[int],
+        accumulative_counts: int,
+    ) -> None:
+        super().__init__(optimizer, modules)
+        self.samples = accumulative_counts
+        self._accumulated: Dict[Tensor, Tensor] = {}
+        self._local: List[Tensor] = []
+
+    def start(self, loss_scale: Optional[Tensor] = None) -> None:
+        super().start(loss_scale)
+        self._accumulated, self._local = {}, []
+
+    def after_backward(self, micro_batch: int) -> None:
+        if not self.measuring:
+            return
+        self._local.append(self.sum_by_module(self._new_squares))
+        self._accumulated.clear()  # before more is taken
+        if micro_batch < self.samples:
+            self._accumulated.update(
+                (param, grad.clone()) for param, grad in self.grads().items()
+            )
+
+    def _new_squares(self, group: Dict[str, Any]) -> Iterator[Tensor]:
+        before = self._accumulated
+        for params, grads in slices_with_grad(group):
+            old = [
+                before[p] if p in before else torch.zeros_like(p)
+                for p in params
+            ]
+            new = list(torch._foreach_sub(grads, old))
+            yield self.squares(group, params, new).sum()
+
+    def local_squares(self) -> Tensor:
+        # the loss of each was divided by K, so its gradient was too
+        return torch.stack(self._local).sum(0) * self.samples

@@ -1,0 +1,228 @@
+"""What an optimizer applies to a gradient, before which phi is no measure.
+
+Alg. 2 compares gradients divided by sqrt(v), since that is how AdamW steps.
+The same holds for any optimizer whose step is a linear map of the gradient
+that is known before the update: this map is its preconditioner, and phi is
+measured on preconditioned gradients. :func:`find_preconditioner` tells which
+one an optimizer has.
+"""
+
+from typing import Any, Dict, List, Sequence, Tuple, Type
+
+import torch
+from torch import Tensor
+
+from mmagvm.core.functional import adam_divisor
+
+State = Dict[Tensor, Dict[str, Any]]
+
+
+class Preconditioner:
+    """No preconditioner: raw gradients. What the others refine.
+
+    Args:
+        optimizer: Whose state it reads, and never changes.
+    """
+
+    #: Whether it depends on this update's gradient, which clipping changes.
+    adaptive = False
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def past_known(self) -> bool:
+        """Whether :meth:`by_past` can be had in the update to come."""
+        return True
+
+    @property
+    def present_known(self) -> bool:
+        """Whether :meth:`by_present` can be had in the update to come."""
+        return True
+
+    def by_past(
+        self,
+        group: Dict[str, Any],
+        params: Sequence[Tensor],
+        grads: List[Tensor],
+    ) -> List[Tensor]:
+        """Precondition gradients by the state before this update.
+
+        Args:
+            group: The parameter group of all of them.
+            params: The parameters.
+            grads: Of any sample, in the shapes of the parameters.
+
+        Returns:
+            Tensors with as many elements, maybe in another basis.
+        """
+        return grads
+
+    def by_present(
+        self,
+        group: Dict[str, Any],
+        params: Sequence[Tensor],
+        total: List[Tensor],
+        signed: List[Tensor],
+    ) -> Tuple[List[Tensor], List[Tensor]]:
+        """Precondition S and D by the state that S is part of.
+
+        Args:
+            group: As in :meth:`by_past`.
+            params: As in :meth:`by_past`.
+            total: S, this update's gradient.
+            signed: D, in the same shapes.
+        """
+        return total, signed
+
+
+class Elementwise(Preconditioner):
+    """Adam and its family: division by sqrt(v) + eps, v as ``exp_avg_sq``."""
+
+    adaptive = True
+
+    @property
+    def past_known(self) -> bool:
+        return any(self.optimizer.state.values())
+
+    def by_past(
+        self,
+        group: Dict[str, Any],
+        params: Sequence[Tensor],
+        grads: List[Tensor],
+    ) -> List[Tensor]:
+        """Divide by sqrt(v_{t-1}) + eps.
+
+        An element without gradient so far has no scale to be seen on: zero.
+        """
+        grads = self.rotate(group, params, grads)
+        moments = [self._exp_avg_sq(param) for param in params]
+        # in place, as memory is at its peak in backward
+        divided = list(torch._foreach_sqrt(moments))
+        torch._foreach_add_(divided, float(group['eps']))
+        for part, moment in zip(divided, moments):
+            part.masked_fill_(moment == 0, torch.inf)
+        torch._foreach_reciprocal_(divided)
+        torch._foreach_mul_(divided, grads)
+        return divided
+
+    def by_present(
+        self,
+        group: Dict[str, Any],
+        params: Sequence[Tensor],
+        total: List[Tensor],
+        signed: List[Tensor],
+    ) -> Tuple[List[Tensor], List[Tensor]]:
+        """Divide by sqrt(v_t) + eps (Alg. 2)."""
+        total, signed = (
+            self.rotate(group, params, part) for part in (total, signed)
+        )
+        divisor = adam_divisor(
+            total,
+            [self._exp_avg_sq(param) for param in params],
+            float(group['betas'][1]),
+            float(group['eps']),
+        )
+        return (
+            list(torch._foreach_div(total, divisor)),
+            list(torch._foreach_div(signed, divisor)),
+        )
+
+    def rotate(
+        self,
+        group: Dict[str, Any],
+        params: Sequence[Tensor],
+        grads: List[Tensor],
+    ) -> List[Tensor]:
+        """Gradients in the basis that v is kept in: their own."""
+        return grads
+
+    def _exp_avg_sq(self, param: Tensor) -> Tensor:
+        """v_{t-1}, zero before the parameter's first update."""
+        # get: optimizer.state makes entries on demand
+        values = self.optimizer.state.get(param)
+        if not values or 'exp_avg_sq' not in values:
+            return torch.zeros_like(param)
+        second_moment: Tensor = values['exp_avg_sq']
+        return second_moment
+
+
+class Rotated(Elementwise):
+    """SOAP: Adam in the eigenbasis of Shampoo's statistics.
+
+    Norms and cosines are the same in any orthogonal basis, so they are taken
+    in SOAP's, where dividing by sqrt(v) + eps is elementwise.
+    """
+
+    @property
+    def past_known(self) -> bool:
+        # the first update makes the basis, the second one v
+        return any(g.get('step', 0) > 1 for g in self.optimizer.param_groups)
+
+    @property
+    def present_known(self) -> bool:
+        return any(self.optimizer.state.values())
+
+    def rotate(
+        self,
+        group: Dict[str, Any],
+        params: Sequence[Tensor],
+        grads: List[Tensor],
+    ) -> List[Tensor]:
+        state = self.optimizer.state
+        return [
+            self.optimizer.project(  # type: ignore[attr-defined]
+                grad,
+                state[param],
+                merge_dims=group['merge_dims'],
+                max_precondition_dim=group['max_precondition_dim'],
+            )
+            if state.get(param)
+            else grad
+            for param, grad in zip(params, grads)
+        ]
+
+
+def find_preconditioner(optimizer: torch.optim.Optimizer) -> Preconditioner:
+    """The preconditioner of an optimizer, one for all of its parameters.
+
+    Told from its class and its state; before the first update, when there is
+    none, from whether it has Adam's coefficients. What is not known for
+    certain, for a single parameter or for all, leaves raw gradients: norms of
+    raw and of divided ones must not add up within a module.
+    """
+    kind: Type[Preconditioner] = Preconditioner
+    if 'SOAP' in {cls.__name__ for cls in type(optimizer).__mro__}:
+        kind = Rotated
+    elif all(_has_adams_options(group) for group in optimizer.param_groups):
+        states = [values for values in optimizer.state.items() if values[1]]
+        if all(_is_adams(param, values) for param, values in states):
+            kind = Elementwise
+    return kind(optimizer)
+
+
+def _has_adams_options(group: Dict[str, Any]) -> bool:
+    """Whether a group has Adam's coefficients, and steps as Adam would.
+
+    Three, such as Adan's, are of a second moment of something else; a group
+    of Muon's has them for its vectors only.
+    """
+    return (
+        'use_muon' not in group
+        and {'betas', 'eps'} <= set(group)
+        and len(group['betas']) == 2
+    )
+
+
+def _is_adams(param: Tensor, values: Dict[str, Any]) -> bool:
+    """Whether v is kept for each element of a parameter.
+
+    Beside it there may be numbers and other tensors of the parameter's shape;
+    anything else is a basis, or a projection, that v may be kept in.
+    """
+    return 'exp_avg_sq' in values and all(
+        value.shape == param.shape or value.numel() == 1
+        if isinstance(value, Tensor)
+        else value is None or isinstance(value, (bool, int, float))
+        for value in values.values()
+    )

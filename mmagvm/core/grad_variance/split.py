@@ -1,0 +1,151 @@
+"""Estimator ``split``, the paper's: one half of the batch against the other.
+
+The halves' gradients are G1 and G2. Their sum S is what training computes
+anyway, in ``param.grad``; D = G1 - G2 is what each source here provides.
+"""
+
+from abc import abstractmethod
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmagvm.core.functional import half_batch_norms, split_variance
+
+from .base import GradVariance, Measurement, slices, slices_with_grad
+from .ranks import RankVariance
+
+
+class Split(GradVariance):
+    """phi = 1 - cos(G1, G2), from S and D."""
+
+    @property
+    def can_measure(self) -> bool:
+        return self.preconditioner.present_known
+
+    @abstractmethod
+    def signed(self) -> Dict[Tensor, Tensor]:
+        """D of every parameter that has it, in the scale of its ``grad``."""
+
+    def measure(self, clip: Optional[Tensor] = None) -> Measurement:
+        self.measuring = False
+        signed = self.signed()
+
+        def norms_of(group: Dict[str, Any]) -> Iterator[Tensor]:
+            for params, totals in slices_with_grad(group):
+                signs = [signed[p] for p in params]
+                totals, signs = (
+                    self.unscaled(part, clip) for part in (totals, signs)
+                )
+                totals, signs = self.preconditioner.by_present(
+                    group, params, totals, signs
+                )
+                yield half_batch_norms(totals, signs)
+
+        norms = self.sum_by_module(norms_of).cpu()
+        return Measurement(split_variance(norms), bool(norms.isfinite().all()))
+
+
+class SplitRanks(Split, RankVariance):
+    """Even ranks against odd ranks.
+
+    A measured update sends every gradient a second time, with the sign of the
+    rank's half, after the backward pass. (During it would mean to share the
+    order of DistributedDataParallel's messages, in its communication hook,
+    which costs every other update a pass over the gradients.)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        sign = 1 - 2 * (dist.get_rank(self.group) % 2)
+        self.factor = sign / self.world_size  # param.grad is a mean
+        self._chunks: List[Tensor] = []
+        self._views: Dict[Tensor, Tensor] = {}
+
+    def before_last_backward(self) -> None:
+        # zeros: a parameter that this rank does not use others may
+        self._chunks, self._views = _chunks_like(
+            [
+                param
+                for group in self.optimizer.param_groups
+                for param in group['params']
+                if param.requires_grad
+            ]
+        )
+        super().before_last_backward()
+
+    def see(self, param: Tensor, grad: Tensor, group: Dict[str, Any]) -> None:
+        torch.mul(grad, self.factor, out=self._views[param])
+
+    def signed(self) -> Dict[Tensor, Tensor]:
+        self._remove_hooks()
+        works = [
+            dist.all_reduce(chunk, group=self.group, async_op=True)
+            for chunk in self._chunks
+        ]
+        for work in works:
+            work.wait()
+        views = self._views
+        self._chunks, self._views = [], {}
+        return views
+
+
+def _chunks_like(
+    params: Sequence[Tensor],
+) -> Tuple[List[Tensor], Dict[Tensor, Tensor]]:
+    """Zeros for each parameter, in few flat tensors.
+
+    Returns:
+        The flat tensors, and for each parameter its part of one, in its shape.
+    """
+    chunks, views = [], {}
+    for cut in slices(params):
+        sizes = [param.numel() for param in cut]
+        chunk = cut[0].new_zeros(sum(sizes))
+        chunks.append(chunk)
+        for param, part in zip(cut, chunk.split(sizes)):
+            views[param] = part.view(param.shape)
+    return chunks, views
+
+
+class SplitMicroBatches(Split):
+    """The first half of one rank's micro-batches against the rest.
+
+    Of K accumulated micro-batches the first floor(K / 2) are one half: a copy
+    of the accumulated gradient is taken after them.
+
+    Args:
+        optimizer: As in the base class.
+        modules: As in the base class.
+        accumulative_counts: K, 2 or more.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        modules: Sequence[int],
+        accumulative_counts: int,
+    ) -> None:
+        super().__init__(optimizer, modules)
+        self.first_half = accumulative_counts // 2
+        self._snapshot: Dict[Tensor, Tensor] = {}
+
+    def after_backward(self, micro_batch: int) -> None:
+        if self.measuring and micro_batch == self.first_half:
+            self._snapshot = {
+                param: grad.clone() for param, grad in self.grads().items()
+            }
+
+    def signed(self) -> Dict[Tensor, Tensor]:
+        # D = G1 - G2 = 2 * G1 - S; a gradient that only came later is all G2
+        snapshot, self._snapshot = self._snapshot, {}
+        grads = self.grads()
+        totals = list(grads.values())
+        firsts = [
+            snapshot[param] if param in snapshot else torch.zeros_like(total)
+            for param, total in grads.items()
+        ]
+        torch._foreach_mul_(firsts, 2)
+        torch._foreach_sub_(firsts, totals)
+        return dict(zip(grads, firsts))

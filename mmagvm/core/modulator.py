@@ -1,0 +1,161 @@
+"""What follows from a measurement: phi and mu of every module, over time."""
+
+import logging
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from mmagvm.core.functional import modulate
+from mmagvm.core.grad_variance import Measurement
+
+logger = logging.getLogger('mmagvm')
+
+#: Measurements kept in a checkpoint, the newest ones.
+HISTORY_LENGTH = 10_000
+
+
+class Modulator:
+    """Keeps every module's multiplier, and how it came about.
+
+    Args:
+        modules: Names of the modules.
+        anchor: The one that the others follow.
+        ema_decay: alpha of Eq. 42.
+        eps: Added to both variances of Eq. 41.
+        ratio_range: Bounds of the ratio of Eq. 41.
+
+    Attributes:
+        lr_scale (dict): mu by module.
+        variance (dict): The last phi by module; 1 until it is measured.
+        measured (int): Measurements that took effect.
+        skipped (int): Measurements dropped for being NaN or infinite.
+        noise_scale (dict): Noise power of one sample's gradient over its
+            signal's, both averaged over measurements, by module: the batch,
+            in samples, at which noise and signal are equal. Empty unless the
+            estimator gives them; infinite while there is no signal.
+        history (list): ``(update, phis)`` of the newest measurements, phis in
+            the order of ``modules``, NaN for one that had no gradient.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[str],
+        anchor: str,
+        ema_decay: float,
+        eps: float,
+        ratio_range: Tuple[float, float],
+    ) -> None:
+        self.modules = list(modules)
+        self.anchor = anchor
+        self.ema_decay = ema_decay
+        self.eps = eps
+        self.ratio_range = ratio_range
+        self.lr_scale = dict.fromkeys(self.modules, 1.0)
+        self.variance = dict.fromkeys(self.modules, 1.0)
+        self.measured = 0
+        self.skipped = 0
+        self.history: List[Tuple[int, List[float]]] = []
+        self._signal: Dict[str, float] = {}
+        self._noise: Dict[str, float] = {}
+
+    @property
+    def noise_scale(self) -> Dict[str, float]:
+        return {
+            module: noise / signal if signal > 0 else float('inf')
+            for (module, signal), noise in zip(
+                self._signal.items(), self._noise.values()
+            )
+        }
+
+    def update(self, update: int, measurement: Measurement) -> None:
+        """Turn one measurement into new multipliers.
+
+        Args:
+            update: When it was taken.
+            measurement: If it is not finite, everything stays as it is.
+        """
+        if not measurement.finite:
+            self.skipped += 1
+            logger.warning(
+                f'update {update} has gradients that are NaN or infinite; '
+                f'lr_scale stays as it was ({self.skipped} measurements '
+                'skipped so far)'
+            )
+            return
+        phis = measurement.variance
+        scales = modulate(
+            torch.tensor(list(self.lr_scale.values()), dtype=torch.float64),
+            phis,
+            self.modules.index(self.anchor),
+            self.ema_decay,
+            self.eps,
+            self.ratio_range,
+        )
+        self.lr_scale = dict(zip(self.modules, scales.tolist()))
+        for module, phi in zip(self.modules, phis):
+            if not phi.isnan():
+                self.variance[module] = phi.item()
+        self._average(self._signal, phis, measurement.signal)
+        self._average(self._noise, phis, measurement.noise)
+        self.measured += not phis[self.modules.index(self.anchor)].isnan()
+        self.history.append((update, phis.tolist()))
+        del self.history[:-HISTORY_LENGTH]
+
+    def _average(
+        self, averages: Dict[str, float], phis: Tensor, new: Optional[Tensor]
+    ) -> None:
+        """Move averages of the modules that were measured."""
+        if new is None:
+            return
+        for module, phi, value in zip(self.modules, phis, new.tolist()):
+            if not phi.isnan():
+                old = averages.get(module, value)
+                averages[module] = (
+                    self.ema_decay * old + (1 - self.ema_decay) * value
+                )
+
+    def resize_samples(self, factor: float) -> None:
+        """Samples have ``factor`` times as many images from now on."""
+        for module in self._noise:
+            self._noise[module] /= factor
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, by name of module."""
+        return dict(
+            modules=list(self.modules),
+            lr_scale=dict(self.lr_scale),
+            variance=dict(self.variance),
+            measured=self.measured,
+            skipped=self.skipped,
+            signal=dict(self._signal),
+            noise=dict(self._noise),
+            history=[[update, list(phis)] for update, phis in self.history],
+        )
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Load a state, which may be of other modules: those start at 1."""
+        missing = [m for m in self.modules if m not in state['modules']]
+        unknown = [m for m in state['modules'] if m not in self.modules]
+        if missing or unknown:
+            logger.warning(
+                f'the checkpoint has other modules: {missing} start with '
+                f'lr_scale 1, {unknown} are dropped'
+            )
+        for module in self.modules:
+            self.lr_scale[module] = state['lr_scale'].get(module, 1.0)
+            self.variance[module] = state['variance'].get(module, 1.0)
+        self.lr_scale[self.anchor] = 1.0  # another anchor than it was, maybe
+        self.measured = state['measured']
+        self.skipped = state['skipped']
+        for name, own in (('signal', self._signal), ('noise', self._noise)):
+            own.update(
+                (module, value)
+                for module, value in state[name].items()
+                if module in self.modules
+            )
+        self.history = []
+        for update, phis in state['history']:
+            phi_of = dict(zip(state['modules'], phis))
+            phis = [phi_of.get(m, float('nan')) for m in self.modules]
+            self.history.append((update, phis))

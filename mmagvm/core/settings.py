@@ -1,0 +1,131 @@
+"""AGVM's settings, which check themselves."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Optional, Tuple
+
+from mmagvm.core.grad_variance import COMM_HOOKS, ESTIMATORS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """When and how AGVM measures, and what it does with it.
+
+    Counts are in updates of the optimizer, which with accumulation are fewer
+    than iterations.
+
+    Args:
+        interval: tau, updates between two measurements.
+        ema_decay: alpha, weight of the old mu, in [0, 1).
+        begin: First update that is measured; until then mu is 1.
+        end: Measuring stops before this update, mu stays. None for never.
+        anchor: The module that the others follow.
+        estimator: How phi is estimated: 'split', the paper's, one half of
+            the ranks (or micro-batches) against the other; 'pairs', each
+            against each, from norms alone.
+        eps: Added to both variances of the ratio.
+        ratio_range: Bounds of the ratio, around 1.
+        comm_hook: Type in which ranks exchange gradients, 'fp16' or 'bf16',
+            by torch's communication hooks of that name. None for whatever the
+            model does by itself.
+        modulate: False measures and logs everything, lr_scale too, and steps
+            with the plain learning rate.
+
+    Raises:
+        ValueError: A setting is wrong; says what to write instead.
+    """
+
+    interval: int = 10
+    ema_decay: float = 0.97
+    begin: int = 0
+    end: Optional[int] = None
+    anchor: str = 'backbone'
+    estimator: str = 'pairs'
+    eps: float = 1e-6
+    ratio_range: Tuple[float, float] = (0.1, 10.0)
+    comm_hook: Optional[str] = None
+    modulate: bool = True
+
+    def __post_init__(self) -> None:
+        for name, holds, expected in (
+            (
+                'interval',
+                _is_count(self.interval) and self.interval >= 1,
+                'a number of updates: write 1 or more, such as 10',
+            ),
+            (
+                'ema_decay',
+                _is_number(self.ema_decay) and 0 <= self.ema_decay < 1,
+                'the weight of the old lr_scale: write a number from 0 to '
+                'below 1, such as 0.97',
+            ),
+            (
+                'begin',
+                _is_count(self.begin) and self.begin >= 0,
+                'an update: write 0 or more',
+            ),
+            (
+                'end',
+                self.end is None
+                or _is_count(self.end)
+                and self.end > self.begin,
+                f'an update after begin={self.begin}: write a larger one, or '
+                'None to measure until training ends',
+            ),
+            (
+                'estimator',
+                self.estimator in list(ESTIMATORS),
+                "an estimator: write 'split' or 'pairs'",
+            ),
+            (
+                'comm_hook',
+                self.comm_hook in list(COMM_HOOKS),
+                "a way to send gradients: write 'fp16', 'bf16' or None",
+            ),
+            (
+                'eps',
+                _is_number(self.eps) and self.eps >= 0,
+                'a small number: write 0 or more, such as 1e-6',
+            ),
+            (
+                'ratio_range',
+                isinstance(self.ratio_range, (list, tuple))
+                and len(self.ratio_range) == 2
+                and all(map(_is_number, self.ratio_range))
+                and 0 < self.ratio_range[0] <= 1 <= self.ratio_range[1],
+                'a range (low, high) around 1: write one such as (0.1, 10.0)',
+            ),
+            (
+                'modulate',
+                isinstance(self.modulate, bool),
+                'a switch: write True or False',
+            ),
+        ):
+            if not holds:
+                raise ValueError(
+                    f'AGVM: {name}={getattr(self, name)!r} is not {expected}'
+                )
+
+    def is_due(self, update: int) -> bool:
+        """Whether an update is to be measured.
+
+        Args:
+            update: Its index, from 0.
+        """
+        return (
+            update >= self.begin
+            and (self.end is None or update < self.end)
+            and (update - self.begin) % self.interval == 0
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    )

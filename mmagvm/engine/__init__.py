@@ -1,0 +1,22 @@
+"""AGVM in MMEngine: optimizer wrappers, their constructor, the hook.
+
+Importing this mends what the installed host needs mended: see ``host``.
+"""
+
+from mmagvm.engine.amp_optim_wrapper import AGVMAmpOptimWrapper
+from mmagvm.engine.hook import AGVMHook
+from mmagvm.engine.host import check_versions, mend
+from mmagvm.engine.log import forward_messages
+from mmagvm.engine.optim_wrapper import AGVMOptimWrapper
+from mmagvm.engine.optim_wrapper_constructor import AGVMOptimWrapperConstructor
+
+check_versions()
+mend()
+forward_messages()
+
+__all__ = [
+    'AGVMAmpOptimWrapper',
+    'AGVMHook',
+    'AGVMOptimWrapper',
+    'AGVMOptimWrapperConstructor',
+]

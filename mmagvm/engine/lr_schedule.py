@@ -1,0 +1,94 @@
+"""What AGVM needs of a run's schedule: all groups in it, and its warm-up."""
+
+import math
+from typing import Sequence
+
+from mmengine.optim import _ParamScheduler
+
+from mmagvm.engine.optim_wrapper import AGVMOptimWrapper
+
+
+def fit_schedulers(
+    wrapper: AGVMOptimWrapper, schedulers: Sequence[_ParamScheduler]
+) -> None:
+    """Give schedulers the values of each group that there is now.
+
+    A checkpoint whose optimizer was grouped otherwise leaves them with one
+    for each group that there was, and MMEngine's cosine schedulers and
+    ReduceOnPlateauLR then forget the groups beyond.
+    """
+    count = len(wrapper.param_groups)
+    for scheduler in schedulers:
+        initial = f'initial_{scheduler.param_name}'
+        scheduler.base_values = [
+            group.get(initial, group.get(scheduler.param_name))
+            for group in wrapper.param_groups
+        ]
+        limits = getattr(scheduler, 'min_values', None)  # ReduceOnPlateauLR's
+        if limits is not None and len(limits) != count:
+            scheduler.min_values = limits[-1:] * count
+
+
+def scale_base_lr(wrapper: AGVMOptimWrapper) -> None:
+    """Scale ``base_lr`` as ``auto_scale_lr`` has scaled every other rate.
+
+    MMEngine leaves out the entry without parameters that it logs it from.
+    """
+    base = wrapper.base_param_settings
+    if base is None:
+        return
+    key = 'initial_lr' if 'initial_lr' in base else 'lr'
+    ratio = next(
+        (
+            float(group[key]) / lr
+            for group, lr in zip(
+                wrapper.optimizer.param_groups, wrapper.built_lr
+            )
+            if lr
+        ),
+        1.0,
+    )
+    if base[key] == wrapper.optimizer.defaults['lr']:
+        # else resumed, or given by the schedule
+        for name in {'lr', key}:
+            base[name] *= ratio
+
+
+def warmup_updates(
+    schedulers: Sequence[_ParamScheduler],
+    epoch_length: int,
+    max_iters: int,
+    accumulative_counts: int,
+) -> int:
+    """Updates in which the learning rate grows from the start.
+
+    Args:
+        schedulers: Of a run, built.
+        epoch_length: Iterations of an epoch.
+        max_iters: Of the run. What grows as long as that is no warm-up.
+        accumulative_counts: Iterations of an update.
+
+    Returns:
+        0 if there is no warm-up.
+    """
+    ends = [
+        warmup_end(scheduler) * (epoch_length if scheduler.by_epoch else 1)
+        for scheduler in schedulers
+        if scheduler.param_name == 'lr' and scheduler.begin == 0
+    ]
+    iterations = max((end for end in ends if end < max_iters), default=0)
+    return math.ceil(iterations / accumulative_counts)
+
+
+def warmup_end(scheduler: _ParamScheduler) -> float:
+    """The step at which a scheduler ends to raise the rate; 0 if none."""
+    if (
+        # of LinearLR and ExponentialWarmupLR, and of ConstantLR
+        getattr(scheduler, 'start_factor', 1)
+        < getattr(scheduler, 'end_factor', 1)
+        or getattr(scheduler, 'factor', 1) < 1
+        or 'Warmup' in type(scheduler).__name__
+    ):
+        return float(scheduler.end)
+    phases = getattr(scheduler, '_schedule_phases', None)  # OneCycleLR's
+    return float(phases[0]['end_step']) if phases else 0.0

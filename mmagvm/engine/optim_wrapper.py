@@ -1,0 +1,171 @@
+"""AGVM as an optimizer wrapper of MMEngine."""
+
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from torch import Tensor, nn
+
+from mmagvm.core.agvm import AGVM, logger
+from mmagvm.core.modulator import Modulator
+from mmagvm.core.settings import Settings
+from mmagvm.engine.optim_state import regroup
+
+
+@OPTIM_WRAPPERS.register_module()
+class AGVMOptimWrapper(OptimWrapper):
+    """:class:`~mmagvm.core.AGVM` in MMEngine: it says when, AGVM does it.
+
+    Must be built by :class:`AGVMOptimWrapperConstructor`, which sorts the
+    parameters by module.
+
+    Args:
+        optimizer: As in :class:`~mmagvm.core.AGVM`.
+        accumulative_counts: Micro-batches in an update. Defaults to 1.
+        clip_grad: As in MMEngine; does not influence mu.
+        kwargs: The fields of :class:`~mmagvm.core.Settings`, and arguments of
+            the next class in line.
+
+    Raises:
+        ValueError: A setting is wrong or cannot work with this model; the
+            message says what to write instead.
+
+    Attributes:
+        agvm (AGVM): What measures and modulates.
+        built_lr (list): Learning rate of each group as it was built, before
+            any schedule.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        accumulative_counts: int = 1,
+        clip_grad: Optional[Dict[str, Any]] = None,
+        **kwargs: Any,
+    ) -> None:
+        names = {field.name for field in fields(Settings)}
+        own = {key: kwargs.pop(key) for key in names & set(kwargs)}
+        settings = Settings(**own)
+        super().__init__(
+            optimizer=optimizer,
+            accumulative_counts=accumulative_counts,
+            clip_grad=clip_grad,
+            **kwargs,
+        )
+        self.agvm = AGVM(
+            optimizer, settings=settings, accumulation=accumulative_counts
+        )
+        self.built_lr = [float(g['lr']) for g in optimizer.param_groups]
+        #: Names of all parameters in the order of the model, frozen ones too;
+        #: set by the constructor, to read a plain optimizer's checkpoint.
+        self.parameter_names: List[str] = []
+        #: Whether AGVMHook is there; set by itself when training starts.
+        self.has_hook = False
+        self._needs_hook = False
+
+    @property
+    def settings(self) -> Settings:
+        """When and how AGVM measures."""
+        return self.agvm.settings
+
+    @property
+    def modulator(self) -> Modulator:
+        """phi and mu of every module."""
+        return self.agvm.modulator
+
+    @property
+    def accumulative_counts(self) -> int:
+        """Micro-batches in an update."""
+        return int(self._accumulative_counts)
+
+    # -- when to measure
+
+    def initialize_count_status(
+        self, model: nn.Module, init_counts: int, max_counts: int
+    ) -> None:
+        """See the base class; also the first sight of the wrapped model."""
+        super().initialize_count_status(model, init_counts, max_counts)
+        if self.agvm.update == 0:  # from a checkpoint without AGVM state
+            self.agvm.update = init_counts // self.accumulative_counts
+        self.agvm.attach(model)
+        self._needs_hook = True  # a Runner trains
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """See the base class; also decides whether to measure this update."""
+        if self._needs_hook and not self.has_hook:
+            self._needs_hook = False
+            logger.warning(
+                'AGVMHook is missing: nothing that AGVM does is logged, and '
+                'schedulers of a run that was grouped otherwise are not '
+                "fitted: set custom_hooks=[dict(type='AGVMHook')]"
+            )
+        self.agvm.attach(model)
+        if self._starts_complete_update():
+            self.agvm.begin_update(self._loss_scale())
+        if self.should_sync():
+            self.agvm.before_last_forward()
+        with super().optim_context(model):
+            yield
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """See the base class."""
+        super().backward(loss, **kwargs)
+        self.agvm.after_backward(
+            (self._inner_count - 1) % self.accumulative_counts + 1
+        )
+
+    def _starts_complete_update(self) -> bool:
+        """Whether an update begins that has all of its micro-batches."""
+        end = self._inner_count + self.accumulative_counts
+        return bool(
+            self._inner_count % self.accumulative_counts == 0
+            and (self._max_counts < 0 or end <= self._max_counts)
+        )
+
+    def _loss_scale(self) -> Optional[Tensor]:
+        """By what a loss scaler multiplies the gradients."""
+        return None
+
+    # -- the scaled step
+
+    def step(self, **kwargs: Any) -> None:
+        """Measure if it is time, then step with ``lr * mu`` (Alg. 1, 2)."""
+        self.agvm.measure(self.clip_grad_kwargs)
+        with self.agvm.scaled_step():
+            super().step(**kwargs)
+
+    # -- the state that travels
+
+    def state_dict(self) -> Dict[str, Any]:
+        """The optimizer's state, and AGVM's under the key ``agvm``."""
+        state_dict: Dict[str, Any] = super().state_dict()
+        state_dict['agvm'] = self.agvm.state_dict()
+        return state_dict
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, or a plain optimizer's state.
+
+        The optimizer's part may be grouped otherwise: by other modules, or
+        by MMEngine's default constructor. Modules that the checkpoint does
+        not know start with mu = 1, with a warning.
+
+        Raises:
+            ValueError: The checkpoint's optimizer is of another model.
+        """
+        agvm = state_dict.pop('agvm', None)
+        super().load_state_dict(
+            regroup(
+                state_dict, self.optimizer.param_groups, self.parameter_names
+            )
+        )
+        if agvm is not None:
+            self.agvm.load_state_dict(agvm)
+            return
+        logger.warning(
+            'the checkpoint has no AGVM state: the lr_scale of %s starts at 1',
+            self.modulator.modules,
+        )

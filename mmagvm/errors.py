@@ -1,0 +1,37 @@
+"""Errors that tell all there is to say, so that no traceback is needed."""
+
+from functools import wraps
+from typing import Any, Callable
+
+
+class ToldError(Exception):
+    """An error whose message says what happened and what to do."""
+
+
+class UsageError(ToldError, ValueError):
+    """An argument, a setting or a file that cannot be used."""
+
+
+class LostRanksError(ToldError, RuntimeError):
+    """Other ranks did not come, or are gone."""
+
+
+def refuse(message: str) -> Any:
+    """Raise a :class:`UsageError`; usable where a value is expected."""
+    raise UsageError(message)
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Let the ``main`` of a command end with the message of such an error.
+
+    The exit status is 1.
+    """
+
+    @wraps(main)
+    def ending() -> None:
+        try:
+            main()
+        except ToldError as error:
+            raise SystemExit(str(error) or 1) from None
+
+    return ending

@@ -1,0 +1,225 @@
+"""Which checkpoint a run resumes from: the newest that can be read."""
+
+import pickle
+import re
+import sys
+import zipfile
+from pathlib import Path
+from typing import List, NamedTuple, Optional
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import broadcast_object_list, get_rank
+
+from mmagvm.errors import UsageError
+from mmagvm.launch.rendezvous import launcher_store, restarts, timeout_seconds
+
+
+class Choice(NamedTuple):
+    """What to resume from, and what to say about it."""
+
+    #: None: start from the beginning.
+    path: Optional[str] = None
+    #: For the log.
+    note: str = ''
+    #: Why the run cannot go on.
+    error: str = ''
+
+
+def choose_checkpoint(cfg: Config, resume: Optional[str]) -> str:
+    """Set the config's ``resume`` and ``load_from``.
+
+    Rank 0 looks and tells the others, so that all resume from one file even
+    where a shared folder looks different from node to node for a while.
+
+    Args:
+        cfg: The config, with its work dir.
+        resume: The argument --resume: None where it was not given, 'auto'
+            where no file was named.
+
+    Returns:
+        A note for the log, or ''.
+
+    Raises:
+        UsageError: There is a checkpoint to resume from, but it is damaged.
+    """
+    if resume is None and cfg.get('resume'):
+        resume = cfg.get('load_from') or 'auto'
+    choices: List[Choice] = [Choice()]
+    if get_rank() == 0:
+        choices = [_choose_at_start(cfg.work_dir, resume)]
+        if choices[0].error:
+            # before the others hear of it and exit, when rank 0 is ended too
+            print(choices[0].error, file=sys.stderr, flush=True)
+    broadcast_object_list(choices)
+    path, note, error = choices[0]
+    if error:
+        raise UsageError('')  # told above
+    if path is not None:
+        cfg.resume, cfg.load_from = True, path
+    elif resume is not None:
+        cfg.resume = False
+    return note
+
+
+def _choose_at_start(work_dir: str, resume: Optional[str]) -> Choice:
+    """See :func:`choose`; a restart resumes what was saved since launch."""
+    if restarts() == 0:
+        has_saved_since_launch(work_dir)
+        return choose(work_dir, resume)
+    if has_saved_since_launch(work_dir):
+        chosen = choose(work_dir, 'auto')
+        told = chosen.note or f'resume: from {chosen.path}'
+    else:
+        chosen = choose(work_dir, resume)
+        told = chosen.note or (
+            'resume: nothing was saved since launch, so the run starts as it '
+            f'did then, from {chosen.path or "the beginning"}'
+        )
+    return chosen._replace(note=f'{told} (restart {restarts()})')
+
+
+def choose(work_dir: str, resume: Optional[str]) -> Choice:
+    """The checkpoint for an argument --resume; depends on files alone."""
+    if resume is None:
+        return Choice()
+    if '://' in resume:  # MMEngine fetches it
+        return Choice(resume)
+    if resume != 'auto':
+        return _choose_named(Path(resume))
+    newest = last_checkpoint(work_dir)
+    if newest is None:
+        return Choice(
+            note=f'resume: there is no checkpoint in {work_dir}, so the run '
+            'starts from the beginning'
+        )
+    if '://' in newest:
+        return Choice(newest)
+    why = damage(Path(newest))
+    if not why:
+        return Choice(newest)
+    before = newest_readable(earlier(Path(newest)))
+    told = f'resume: the newest checkpoint {newest} is damaged ({why})'
+    if before is None:
+        return Choice(
+            error=f'{told}, and there is no readable one before it: name '
+            'another with --resume PATH, or train from the beginning in '
+            'another --work-dir'
+        )
+    return Choice(
+        str(before), f'{told}: resuming from the one before it, {before}'
+    )
+
+
+def _choose_named(path: Path) -> Choice:
+    if not path.is_file():
+        return Choice(error=f'--resume {path}: there is no such file')
+    why = damage(path)
+    if not why:
+        return Choice(str(path))
+    before = newest_readable(earlier(path))
+    way_out = (
+        'and there is no readable one before it'
+        if before is None
+        else f'the newest readable one before it is {before}'
+    )
+    return Choice(error=f'--resume {path}: is damaged ({why}), {way_out}')
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a checkpoint file, or '' if nothing is.
+
+    torch writes an uncompressed zip archive with a checksum of every tensor:
+    reading it once finds a truncated file as well as a flipped bit. torch's
+    own reader then maps it, for it is stricter about the archive's headers.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            return f'wrong checksum of {broken}'
+        torch.load(path, map_location='cpu', mmap=True)
+    except zipfile.BadZipFile:
+        return 'it was not written to its end, or is no checkpoint'
+    except pickle.UnpicklingError:
+        return ''  # whole, but with a type that torch refuses: it will say so
+    except Exception as error:  # whatever a flipped bit of a header causes
+        return str(error).partition('. ')[0] or type(error).__name__
+    return ''
+
+
+def last_checkpoint(work_dir: str) -> Optional[str]:
+    """The newest checkpoint of a work dir, which may be damaged.
+
+    The one that MMEngine's file ``last_checkpoint`` names, there or, if the
+    work dir was moved, here. Where that file is missing or itself cut off,
+    the one that was written last.
+    """
+    named = ''
+    if Path(work_dir, 'last_checkpoint').is_file():
+        named = _text(Path(work_dir, 'last_checkpoint')).strip()
+    if '://' in named:
+        return named
+    for path in (Path(named), Path(work_dir, Path(named).name)):
+        if path.is_file():
+            return str(path)
+    saved = [path for path in Path(work_dir).glob('*.pth') if _number(path)]
+    if not saved:
+        return None
+    return str(max(saved, key=lambda path: path.stat().st_mtime_ns))
+
+
+def earlier(path: Path) -> List[Path]:
+    """Checkpoints of the same series with lower numbers, newest first."""
+    number = _number(path)
+    if number is None:
+        return []
+    series = path.name[: -len(f'{number}.pth')]
+    older = [
+        other
+        for other in path.parent.glob('*.pth')
+        if _number(other) is not None
+        and other.name == f'{series}{_number(other)}.pth'
+        and _number(other) < number
+    ]
+    return sorted(older, key=_number, reverse=True)
+
+
+def newest_readable(paths: List[Path]) -> Optional[Path]:
+    """The first that is not damaged."""
+    return next((path for path in paths if not damage(path)), None)
+
+
+def _number(path: Path) -> Optional[int]:
+    """12 of epoch_12.pth, None of best_coco_bbox_mAP_epoch_12.pth."""
+    match = re.fullmatch(r'(?:epoch|iter)_([1-9]\d*)\.pth', path.name)
+    return int(match[1]) if match else None
+
+
+def has_saved_since_launch(work_dir: str) -> bool:
+    """Whether this is a restart by torchrun that has something to resume.
+
+    A work dir may hold checkpoints of earlier runs, which a restart of a run
+    that began anew must not pick up. So the first attempt leaves in
+    torchrun's store, which outlives it, what was there at launch. Call it on
+    rank 0 only.
+    """
+    store = launcher_store(timeout_seconds())
+    if store is None:
+        return False
+    now = _state_of(Path(work_dir, 'last_checkpoint'))
+    key = 'last_checkpoint at launch'
+    # also absent on a restart of ranks that died before they came here
+    if not store.check([key]):
+        store.set(key, now)
+    return store.get(key).decode() != now
+
+
+def _state_of(path: Path) -> str:
+    if not path.is_file():
+        return 'none'
+    return f'{path.stat().st_mtime_ns} {_text(path)}'
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors='replace')

@@ -1,0 +1,165 @@
+"""What train.py and test.py share."""
+
+import argparse
+import datetime
+import gc
+import os
+import os.path as osp
+from typing import Optional
+
+import mmengine
+import torch
+import torch.distributed as dist
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.dist import get_comm_device, init_dist
+from mmengine.utils.dl_utils import set_multi_processing
+
+import mmagvm  # noqa: F401  registers AGVM, lets torch >= 2.6 load checkpoints
+from mmagvm.errors import UsageError
+from mmagvm.launch.rendezvous import (
+    deadline,
+    launcher_store,
+    restarts,
+    timeout_seconds,
+    wait_for_ranks,
+)
+
+
+def common_parser(description: str) -> argparse.ArgumentParser:
+    """OpenMMLab's arguments that every tool takes, after the config."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file of mmdet, mmseg or mmagvm')
+    parser.add_argument('--work-dir', help='where logs and checkpoints go')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override settings of the config: key=value pairs such as '
+        'optim_wrapper.interval=5; lists as key="[a,b]" or key=a,b, without '
+        'blanks',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='job launcher',
+    )
+    # torch.distributed.launch passes --local_rank, newer ones --local-rank
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    return parser
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config with --cfg-options, --launcher and --work-dir applied."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = osp.join(
+            'work_dirs', osp.splitext(osp.basename(args.config))[0]
+        )
+    return cfg
+
+
+def join_ranks(cfg: Config) -> None:
+    """Make the process group, and see that its ranks reach each other.
+
+    MMEngine would make it later, without a word on what to check when a rank
+    does not come. Every rank ends with such a message within TIMEOUT seconds;
+    when several nodes restart, after the time in which all hear of the loss.
+    """
+    if cfg.launcher == 'none':
+        return
+    if cfg.launcher != 'pytorch' and get_device() == 'cpu':
+        raise UsageError(
+            f'--launcher {cfg.launcher} needs a GPU for each '
+            'rank, and this machine has none: use pytorch'
+        )
+    seconds: float = timeout_seconds()
+    within = f'TIMEOUT={seconds:g} seconds'
+    if restarts() and int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1:
+        # each node restarts when it hears of the loss, and counts for itself
+        within = f'{patience(cfg):g} seconds to notice a loss and {within}'
+        seconds += patience(cfg)
+    with deadline(
+        seconds, f'The ranks did not reach each other within {within}'
+    ):
+        store = launcher_store(seconds)
+        if store is not None:
+            # not all of the time, so that there is some to ask who is missing
+            wait_for_ranks(store, 0.9 * seconds, within)
+        init_process_group(cfg, store)
+        met = torch.ones(1, device=get_comm_device())
+        dist.all_reduce(met)
+        met.item()  # waits for the GPU
+
+
+def leave_ranks() -> None:
+    """Give up the process group, with its threads, after work that went well.
+
+    MMEngine never does: NCCL warns of it, and a thread of gloo that holds a
+    tensor for a moment too long aborts a Python that is ending, so that a run
+    which has done all its work is told as failed. Nothing may refer to the
+    runner any more, as its model keeps the group.
+    """
+    gc.collect()  # runner and hooks refer to each other
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def patience(cfg: Config) -> float:
+    """Seconds that ranks wait for each other in a collective."""
+    dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})
+    # torch's own for gloo, and for NCCL
+    return dist_cfg.get('timeout', 1800 if get_device() == 'cpu' else 600)
+
+
+def init_process_group(cfg: Config, store: Optional[dist.Store]) -> None:
+    """MMEngine's process group, or one over gloo where there is no GPU.
+
+    ``mmengine.dist.init_dist`` and the default model wrapper both select a
+    CUDA device. Without one the process group is made here, with the timeout
+    of ``env_cfg.dist_cfg``, and the model is wrapped without device.
+    """
+    env_cfg = cfg.get('env_cfg', {})
+    dist_cfg = env_cfg.get('dist_cfg', {})
+    timeout = datetime.timedelta(seconds=patience(cfg))
+    group = {}
+    if store is not None and get_device() in ('cpu', 'cuda'):
+        # or ranks that were restarted would find in the store, which torchrun
+        # keeps, the addresses of those that died
+        store = dist.PrefixStore(f'group {restarts()}', store)
+        store.set_timeout(timeout)
+        group = dict(
+            store=store,
+            rank=int(os.environ['RANK']),
+            world_size=int(os.environ['WORLD_SIZE']),
+        )
+    if get_device() != 'cpu':
+        # as the Runner does, which finds both done
+        set_multi_processing(**env_cfg.get('mp_cfg', {}), distributed=True)
+        init_dist(cfg.launcher, **dist_cfg, **group)
+        return
+    dist.init_process_group('gloo', timeout=timeout, **group)
+    wrapper = dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    wrapper.update(cfg.get('model_wrapper_cfg') or {})
+    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
+
+
+def build_runner(cfg: Config) -> mmengine.runner.Runner:
+    """The runner that the config describes."""
+    # gloo threads and data workers compete with torch's own on a CPU
+    if not torch.cuda.is_available() and 'OMP_NUM_THREADS' in os.environ:
+        torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+    if 'runner_type' in cfg:
+        return mmengine.registry.RUNNERS.build(cfg)
+    return mmengine.runner.Runner.from_cfg(cfg)

@@ -1,0 +1,1 @@
+"""What a config and a cluster tell of a training to come."""

@@ -1,0 +1,165 @@
+"""Reads the configs of mmdet and mmseg, and users' own, for these tools."""
+
+import copy
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS, MODELS
+from torch import nn
+
+from mmagvm.errors import refuse
+from mmagvm.recipes.lr_scaling import COCO_IMAGES, RECIPES, STUDY_RULES, Recipe
+
+#: Images of data sets that need not lie here: class, and file of ann_file or,
+#: without one, last folder of data_prefix's images.
+IMAGES = {
+    ('CocoDataset', 'instances_train2017.json'): COCO_IMAGES,
+    ('CocoPanopticDataset', 'panoptic_train2017.json'): COCO_IMAGES,
+    ('ADE20KDataset', 'training'): 20210,
+}
+
+
+def load(name: str) -> Config:
+    """The config that a file or a name ``package::file`` stands for."""
+    if '::' not in name and not Path(name).is_file():
+        refuse(f'{name}: no such config file')
+    try:
+        if '::' not in name:
+            return Config.fromfile(name)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / 'config.py'
+            file.write_text(f'_base_ = {name!r}\n')
+            return Config.fromfile(file)
+    except Exception as error:
+        return refuse(f'{name} could not be read: {one_line(error)}')
+
+
+def one_line(error: Exception) -> str:
+    """An error's type and message, for the end of a sentence."""
+    return f'{type(error).__name__}: {" ".join(str(error).split())}'
+
+
+def find_base_batch_size(name: str, cfg: Config) -> Tuple[int, str]:
+    """The batch size that a config was made for, and who says so."""
+    size, source = _find_batch(name, cfg)
+    accumulated = cfg.optim_wrapper.get('accumulative_counts', 1)
+    if accumulated > 1:
+        source += f', x {accumulated} accumulated micro-batches'
+    return size * accumulated, source
+
+
+def _find_batch(name: str, cfg: Config) -> Tuple[int, str]:
+    """The same without accumulation."""
+    given = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
+    images = cfg.train_dataloader.batch_size
+    named = None
+    for path in (*reversed(base_files(name)), name):
+        rule = re.search(r'_(\d+)xb(\d+)', Path(path).name)
+        if rule and int(rule[2]) == images:
+            named = int(rule[1]) * images, f'the name {Path(path).name}'
+    if given:
+        if named and named[0] != given:
+            refuse(
+                f"the config's auto_scale_lr.base_batch_size is {given}, but "
+                f'{named[1]} says {named[0]}: give --base-batch-size {given} '
+                f'or {named[0]}, whichever its learning rate is for'
+            )
+        return int(given), 'its auto_scale_lr.base_batch_size'
+    if named:
+        return named
+    return 8 * images, (
+        f"8 GPUs, mmdet's default, x {images} images, as nothing says "
+        'otherwise; if that is wrong, give --base-batch-size'
+    )
+
+
+def base_files(name: str) -> List[str]:
+    """The bases that a config file names itself."""
+    if '::' in name:
+        return []
+    try:
+        bases = Config._get_base_files(name)
+    except Exception:  # not a text config: then its bases are imports
+        return []
+    return list(bases)
+
+
+def innermost(dataset: Dict[str, Any]) -> Dict[str, Any]:
+    """The data set inside wrappers, of several the first."""
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    if 'datasets' in dataset:
+        return innermost(dataset['datasets'][0])
+    return dataset
+
+
+def count_images(dataset: Dict[str, Any]) -> int:
+    """Images in a training set, known or counted."""
+    if dataset.get('type') == 'RepeatDataset':
+        return int(dataset['times']) * count_images(dataset['dataset'])
+    if dataset.get('type') == 'MultiImageMixDataset':
+        return count_images(dataset['dataset'])
+    path = dataset.get('ann_file') or (dataset.get('data_prefix') or {}).get(
+        'img_path', ''
+    )
+    known = IMAGES.get((dataset.get('type'), Path(path).name))
+    if known and not dataset.get('metainfo') and not dataset.get('indices'):
+        return known
+    try:
+        return len(DATASETS.build(copy.deepcopy(dataset)))
+    except Exception as error:
+        return refuse(
+            "the images of train_dataloader's dataset could not be counted "
+            f'({one_line(error)}): write --images N'
+        )
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """The config's model, without fetching pretrained weights."""
+    try:
+        return MODELS.build(without_weights(cfg.model))
+    except Exception as error:
+        return refuse(f'the model could not be built: {one_line(error)}')
+
+
+def without_weights(cfg: Any) -> Any:
+    """A copy of a model's config that names no pretrained weights."""
+    cfg = copy.deepcopy(cfg)
+    parts = [cfg]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            part.pop('pretrained', None)
+            if 'Pretrained' in str(part.get('init_cfg')):
+                part['init_cfg'] = None
+            parts += part.values()
+        elif isinstance(part, (list, tuple)):
+            parts += part
+    return cfg
+
+
+def is_iteration_based(train_cfg: Dict[str, Any]) -> bool:
+    """Whether a training is as long as a number of iterations."""
+    return 'max_iters' in train_cfg
+
+
+def is_adaptive(optimizer: str) -> bool:
+    """Whether an optimizer is scheduled as AdamW is."""
+    name = optimizer.lower()
+    return 'adam' in name or 'lamb' in name or optimizer in STUDY_RULES
+
+
+def recipe_of(optimizer: str, train_cfg: Dict[str, Any]) -> Recipe:
+    """The nearest of the paper's recipes, for warm-up and tau.
+
+    That of Semantic FPN for whatever is counted in iterations, of Faster R-CNN
+    with AdamW or SGD for the rest.
+    """
+    if is_iteration_based(train_cfg):
+        return RECIPES['sem_fpn']
+    return RECIPES[
+        'faster_rcnn/adamw' if is_adaptive(optimizer) else 'faster_rcnn'
+    ]

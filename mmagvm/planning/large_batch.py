@@ -1,0 +1,511 @@
+"""What changes in a config of mmdet or mmseg for a larger batch with AGVM."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Tuple
+
+from mmengine.config import Config
+
+from mmagvm.errors import refuse
+from mmagvm.planning.config_reader import (
+    count_images,
+    is_adaptive,
+    is_iteration_based,
+    recipe_of,
+)
+from mmagvm.recipes.lr_scaling import (
+    CLIP_MARGIN,
+    MEASURING_DELAY,
+    RECIPES,
+    RULES,
+    STUDY_RULES,
+    LRRule,
+    Recipe,
+    at,
+    find_rule,
+)
+
+#: Optimizer wrappers and the AGVM one that does the same.
+WRAPPERS = dict(
+    OptimWrapper='AGVMOptimWrapper',
+    AmpOptimWrapper='AGVMAmpOptimWrapper',
+    AGVMOptimWrapper='AGVMOptimWrapper',
+    AGVMAmpOptimWrapper='AGVMAmpOptimWrapper',
+)
+CONSTRUCTORS = (
+    None,
+    'DefaultOptimWrapperConstructor',
+    'AGVMOptimWrapperConstructor',
+)
+#: Optimizers to change to: whose rule gives the rate where there is none of
+#: their own, and their options. Of these only SGD and AdamW have a learning
+#: rate in the paper; SOAP and Muon have one by this project's study.
+OPTIONS: Dict[str, Tuple[str, Dict[str, float]]] = {
+    'SGD': ('SGD', dict(momentum=0.9, weight_decay=1e-4)),
+    'LARS': (
+        'SGD',
+        dict(momentum=0.9, weight_decay=1e-4, trust_coefficient=0.02),
+    ),
+    'AdamW': ('AdamW', dict(weight_decay=0.05)),
+    'LAMB': ('AdamW', dict(weight_decay=0.05)),
+    'PMDLAMB': ('AdamW', dict(weight_decay=0.05)),
+    'SOAP': ('AdamW', dict(weight_decay=0.05, precondition_frequency=5)),
+    'Muon': ('AdamW', dict(weight_decay=0.05)),
+}
+#: What is known of the rates of SOAP and Muon.
+BY_STUDY = (
+    "this project's rule, by its study of small detectors; not in the paper, "
+    'and not known on COCO: try half and twice of it'
+)
+#: Of LAMB and PMD-LAMB: a guess, and the same as that of the recipes.
+LAMB_RULE = RECIPES['faster_rcnn/lamb'].rule
+#: MMEngine's default interval of LoggerHook, in iterations.
+LOGGED = 10
+#: Schedulers that can be a warm-up.
+WARMUPS = (
+    'LinearLR',
+    'ConstantLR',
+    'QuadraticWarmupLR',
+    'ExponentialWarmupLR',
+)
+#: Numbers in a scheduler that are iterations where ``by_epoch`` is False.
+SPANS = (
+    *('begin', 'end', 'milestones', 'T_max', 'step_size', 'total_iters'),
+    *('total_steps', 'periods'),
+)
+
+
+@dataclass
+class Plan:
+    """The difference to the original, and why."""
+
+    diff: Dict[str, Any] = field(default_factory=dict)
+    reasons: List[str] = field(default_factory=list)
+
+    def because(self, reason: str) -> None:
+        self.reasons.append(reason)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How a batch is made, and how much larger it is than the original's."""
+
+    size: int
+    gpus: int
+    images_per_gpu: int
+    accumulation: int
+    base: int
+
+    def iterations(self, old: int) -> int:
+        """As many images as ``old`` iterations of the original saw."""
+        updates = round(old * self.base / self.size)
+        return self.accumulation * max(updates, min(old, 1))
+
+
+def split_batch(size: int, gpus: int, max_images: int, base: int = 0) -> Batch:
+    """Images per GPU and accumulation, with as little of the latter."""
+    for name, value in (
+        ('--batch-size', size),
+        ('--gpus', gpus),
+        ('--max-images-per-gpu', max_images),
+    ):
+        if value < 1:
+            refuse(f'{name} {value} is not a number: write 1 or more')
+    if size % gpus:
+        refuse(
+            f'--batch-size {size} cannot be divided among {gpus} GPUs: write '
+            f'{size // gpus * gpus or gpus} or {(size // gpus + 1) * gpus}'
+        )
+    share = size // gpus
+    least = 2 if gpus == 1 else 1  # AGVM compares ranks or micro-batches
+    if share < least:
+        refuse(
+            f'--batch-size {size} on one GPU leaves AGVM nothing to compare: '
+            'write 2 or more'
+        )
+    accumulation = next(
+        count
+        for count in range(least, share + 1)
+        if share % count == 0 and share // count <= max_images
+    )
+    return Batch(size, gpus, share // accumulation, accumulation, base)
+
+
+def plan_training(
+    result: Plan,
+    cfg: Config,
+    batch: Batch,
+    wanted: Optional[str],
+    dataset: str,
+    images: Optional[int],
+) -> Tuple[int, float]:
+    """Optimizer, schedule and AGVM; updates of the warm-up and of all.
+
+    Args:
+        result: What is filled in.
+        cfg: The original.
+        batch: The new batch.
+        wanted: An optimizer to change to.
+        dataset: Type of the data set, which tells the learning-rate rule.
+        images: In the training set; None to count them.
+    """
+    plan_optimizer(result, cfg, batch, wanted, dataset)
+    recipe = recipe_of(
+        wanted or cfg.optim_wrapper.optimizer['type'], cfg.train_cfg
+    )
+    clip_norm = at(recipe.clip_norm, batch.size)
+    if wanted and clip_norm:
+        result.diff['optim_wrapper']['clip_grad'] = dict(max_norm=clip_norm)
+        result.because(f'gradients clipped to norm {clip_norm:g}, as there')
+    warmup, total = plan_schedule(result, cfg, batch, recipe, images)
+    plan_agvm(result, cfg, batch, warmup, total, recipe)
+    return warmup, total
+
+
+def check(cfg: Config) -> None:
+    """Refuse what AGVM or this tool cannot serve."""
+    for key in ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'):
+        if not cfg.get(key):
+            refuse(
+                f'the config has no {key}: give one that trains a model of '
+                'mmdet or mmseg'
+            )
+    wrapper = cfg.optim_wrapper
+    kind = wrapper.get('type', 'OptimWrapper')
+    if kind not in WRAPPERS:
+        refuse(
+            f'optim_wrapper.type={kind!r} has no AGVM counterpart: write '
+            "'OptimWrapper' or 'AmpOptimWrapper' in the original"
+        )
+    if wrapper.get('constructor') not in CONSTRUCTORS:
+        refuse(
+            f'optim_wrapper.constructor={wrapper.constructor!r} would be '
+            'replaced by AGVMOptimWrapperConstructor: remove it from the '
+            'original, or say the same in paramwise_cfg.custom_keys'
+        )
+
+
+def plan_optimizer(
+    result: Plan, cfg: Config, batch: Batch, wanted: Optional[str], data: str
+) -> None:
+    """The optimizer and its learning rate."""
+    optimizer = cfg.optim_wrapper.optimizer
+    name = wanted or optimizer['type']
+    if wanted is not None and wanted not in OPTIONS:
+        refuse(
+            f'--optimizer {wanted} is unknown here: write one of '
+            f'{", ".join(OPTIONS)}, or set it in the original'
+        )
+    if name == optimizer['type']:
+        rule, origin = rule_of(name, data)
+        if not optimizer.get('lr'):
+            refuse(
+                'optim_wrapper.optimizer of the config has no lr to start '
+                'from: write one'
+            )
+        lr = optimizer['lr'] * rule(batch.size) / rule(batch.base)
+        change: Dict[str, Any] = dict(lr=rounded(lr))
+        reason = (
+            f'learning rate {optimizer["lr"]:g} -> {change["lr"]:g}: its own '
+            f'at {batch.base}, linear up to {rule.knee}, then x '
+            f'{rule.growth:.3f} per doubling ({origin})'
+        )
+    else:
+        change, reason = another_optimizer(optimizer, name, batch, data)
+    result.diff['optim_wrapper'] = dict(optimizer=change)
+    result.because(reason)
+    # or --auto-scale-lr would scale once more; MMEngine compares it with a
+    # batch without accumulation
+    result.diff['auto_scale_lr'] = dict(
+        enable=False, base_batch_size=batch.gpus * batch.images_per_gpu
+    )
+
+
+def another_optimizer(
+    old: Dict[str, Any], name: str, batch: Batch, data: str
+) -> Tuple[Dict[str, Any], str]:
+    """The config of an optimizer that the original does not have, and why."""
+    like, options = OPTIONS[name]
+    if like == 'SGD' and 'ADE20K' in data:
+        options = dict(options, weight_decay=5e-4)
+    _, papers = find_rule(like, data)
+    usual = papers or RULES[like, 'COCO']
+    rule, known = usual, 'not in the paper: try others'
+    if like == name and papers is not None:
+        known = "the paper's"
+    elif 'LAMB' in name:
+        rule = LAMB_RULE
+    elif name in STUDY_RULES:
+        rule, known = STUDY_RULES[name], BY_STUDY
+    lr = rule(batch.size)
+    if name in STUDY_RULES and old['type'] == like and old.get('lr'):
+        # the rule is of multiples of AdamW's rate
+        times = old['lr'] / usual(batch.base)
+        lr *= times
+        known = (
+            f'times {times:.3g}, as its {old["lr"]:g} at {batch.base} is to '
+            f"the {usual(batch.base):.3g} of the paper's rule; {known}"
+        )
+    return dict(_delete_=True, type=name, lr=rounded(lr), **options), (
+        f'{old["type"]} -> {name} with learning rate {rounded(lr):g}: {rule} '
+        f'({known})'
+    )
+
+
+def rule_of(optimizer: str, dataset: str) -> Tuple[LRRule, str]:
+    """How the rate grows, and where that is from."""
+    _, rule = find_rule(optimizer, dataset)
+    if rule is not None:
+        return rule, "the paper's rule"
+    if optimizer in STUDY_RULES:
+        return STUDY_RULES[optimizer], BY_STUDY
+    if 'LAMB' in optimizer:
+        return LAMB_RULE, "that of this project's recipes, not in the paper"
+    like = 'AdamW' if is_adaptive(optimizer) else 'SGD'
+    return (
+        find_rule(like, dataset)[1] or RULES[like, 'COCO'],
+        f'as {like}, the paper has no rule for {optimizer} here',
+    )
+
+
+def rounded(value: float) -> float:
+    """To four digits."""
+    return float(f'{value:.4g}')
+
+
+def plan_schedule(
+    result: Plan,
+    cfg: Config,
+    batch: Batch,
+    recipe: Recipe,
+    images: Optional[int],
+) -> Tuple[int, float]:
+    """Length, intervals and schedulers; updates of the warm-up and of all."""
+    schedulers = cfg.get('param_scheduler') or []
+    if isinstance(schedulers, dict):
+        schedulers = [schedulers]
+    schedulers = [plain(cfg, scheduler) for scheduler in schedulers]
+    own = find_warmup(schedulers)
+    # iterations for segmentation, else epochs
+    wanted = at(recipe.warmup, batch.size)
+    if is_iteration_based(cfg.train_cfg):
+        total = plan_iterations(result, cfg, batch)
+        epoch = None
+        why = "the paper's for segmentation"
+    else:
+        images = images or count_images(cfg.train_dataloader.dataset)
+        iterations = math.ceil(images / (batch.gpus * batch.images_per_gpu))
+        epoch = iterations / batch.accumulation
+        total = cfg.train_cfg.max_epochs * epoch
+        why = f"the paper's, {wanted} epoch(s)"
+        wanted = math.ceil(wanted * epoch)
+        result.because(
+            f'schedule kept in epochs: {cfg.train_cfg.max_epochs} of {images} '
+            f'images, {iterations} iterations each'
+        )
+    if own is not None:
+        unit = (
+            epoch
+            if schedulers[own].get('by_epoch', True)
+            else batch.base / batch.size
+        )
+        before = math.ceil(schedulers[own]['end'] * (unit or 0))
+        if before > wanted:
+            wanted, why = before, "the original's, in images"
+    if wanted > total / 4:
+        wanted, why = max(1, int(total / 4)), 'a quarter of the training'
+    result.because(f'warm-up over {wanted} updates: {why}')
+    result.diff['param_scheduler'] = schedule(
+        schedulers, own, batch, wanted, epoch
+    )
+    return wanted, total
+
+
+def plain(cfg: Config, value: Dict[str, Any]) -> Dict[str, Any]:
+    """What was written; a ``package::`` base adds the scope that is meant."""
+    value = dict(value)
+    if value.get('_scope_') == cfg.get('default_scope'):
+        value.pop('_scope_', None)
+    return value
+
+
+def find_warmup(schedulers: List[Dict[str, Any]]) -> Optional[int]:
+    """Which scheduler, if any, lets the rate grow from the start."""
+    for index, scheduler in enumerate(schedulers):
+        grows = scheduler.get('start_factor', 0) < scheduler.get(
+            'end_factor', 1
+        )
+        if (
+            scheduler['type'].rpartition('.')[2] in WARMUPS
+            and scheduler.get('begin', 0) == 0
+            and 'end' in scheduler
+            and grows
+        ):
+            return index
+    return None
+
+
+def plan_iterations(result: Plan, cfg: Config, batch: Batch) -> int:
+    """The length and the intervals of an iteration-based run; its updates."""
+    scaled = batch.iterations
+    old = cfg.train_cfg
+    new: Dict[str, Any] = dict(max_iters=scaled(old.max_iters))
+    if old.get('val_interval'):
+        new['val_interval'] = scaled(old.val_interval)
+        if old.val_interval > old.max_iters:  # never
+            new['val_interval'] = new['max_iters'] + 1
+    if old.get('val_begin'):
+        new['val_begin'] = scaled(old.val_begin)
+    if old.get('dynamic_intervals'):
+        new['dynamic_intervals'] = [
+            (scaled(start), scaled(interval))
+            for start, interval in old.dynamic_intervals
+        ]
+    result.diff['train_cfg'] = new
+    checkpoint = cfg.get('default_hooks', {}).get('checkpoint') or {}
+    if checkpoint.get('by_epoch') is False and checkpoint.get('interval'):
+        result.diff['default_hooks'] = dict(
+            checkpoint=dict(interval=scaled(checkpoint['interval']))
+        )
+    result.because(
+        f'{old.max_iters} -> {new["max_iters"]} iterations, and all that '
+        'counts in them likewise, so that as many images are seen'
+    )
+    if cfg.get('custom_hooks'):
+        result.because(
+            'custom_hooks are as they were: check iterations in them'
+        )
+    return new['max_iters'] // batch.accumulation
+
+
+def schedule(
+    schedulers: List[Dict[str, Any]],
+    own: Optional[int],
+    batch: Batch,
+    warmup: int,
+    epoch: Optional[float],
+) -> List[Dict[str, Any]]:
+    """The schedulers, with another warm-up and scaled iterations.
+
+    Args:
+        schedulers: The original's.
+        own: Which of them is the warm-up.
+        batch: The new batch.
+        warmup: Updates of the new warm-up.
+        epoch: Updates in an epoch, for runs that count in epochs.
+    """
+    end = warmup * batch.accumulation  # schedulers count iterations
+    result = []
+    for index, old in enumerate(schedulers):
+        new = dict(old)
+        by_epoch = old.get('by_epoch', True)
+        if not by_epoch:
+            for key in set(SPANS) & set(old):
+                new[key] = scaled(old[key], batch)
+        if index == own:
+            new.update(by_epoch=False, begin=0, end=end)
+            new.pop('convert_to_iter_based', None)
+            new.pop('total_iters', None)
+        elif own is not None and follows(old, schedulers[own]):
+            # what followed the old warm-up follows the new one
+            start = new.get('begin', 0)
+            # a warm-up is rounded up to whole updates, not to another epoch
+            new['begin'] = (
+                math.ceil(round(warmup / (epoch or 1), 2)) if by_epoch else end
+            )
+            if 'T_max' in new:
+                new['T_max'] += start - new['begin']
+        result.append(new)
+    if own is None:
+        result.insert(
+            0,
+            dict(
+                type='LinearLR',
+                start_factor=0.001,
+                by_epoch=False,
+                begin=0,
+                end=end,
+            ),
+        )
+    return result
+
+
+def follows(scheduler: Dict[str, Any], warmup: Dict[str, Any]) -> bool:
+    """Whether a scheduler begins where the warm-up ends."""
+    return scheduler.get('begin', 0) == warmup['end'] and scheduler.get(
+        'by_epoch', True
+    ) == warmup.get('by_epoch', True)
+
+
+def scaled(value: Any, batch: Batch) -> Any:
+    """Iterations, or lists of them, of the new batch."""
+    if isinstance(value, (list, tuple)):
+        return [scaled(item, batch) for item in value]
+    return value if value is None else batch.iterations(value)
+
+
+def plan_agvm(
+    result: Plan,
+    cfg: Config,
+    batch: Batch,
+    warmup: int,
+    total: float,
+    recipe: Recipe,
+) -> None:
+    """AGVM's own settings."""
+    interval = at(recipe.interval, batch.size)
+    delay = MEASURING_DELAY
+    if not is_iteration_based(cfg.train_cfg):  # as Recipe.begin
+        delay = min(delay, math.ceil(total / cfg.train_cfg.max_epochs))
+    if warmup + delay > total / 2:  # too little is left to modulate
+        delay = 0
+    result.diff['optim_wrapper'].update(
+        type=WRAPPERS[cfg.optim_wrapper.get('type', 'OptimWrapper')],
+        constructor='AGVMOptimWrapperConstructor',
+        accumulative_counts=batch.accumulation,
+        interval=interval,
+        ema_decay=0.97,
+        begin=warmup + delay,
+    )
+    result.because(
+        f'AGVM measures every {interval} updates (tau), the first time '
+        f'{delay} after the warm-up, in update {warmup + delay} of '
+        f'{math.ceil(total)}'
+    )
+    logger = cfg.get('default_hooks', {}).get('logger') or {}
+    measured = interval * batch.accumulation
+    if logger.get('interval', LOGGED) > measured:
+        result.diff.setdefault('default_hooks', {})['logger'] = dict(
+            interval=measured
+        )
+        result.because(
+            f'every {measured} iterations are logged, so that each '
+            'measurement is'
+        )
+    plan_hooks(result, cfg, batch, warmup)
+    imports = (cfg.get('custom_imports') or {}).get('imports', [])
+    imports = [imports] if isinstance(imports, str) else list(imports)
+    if 'mmagvm' not in imports:
+        result.diff['custom_imports'] = dict(
+            imports=[*imports, 'mmagvm'], allow_failed_imports=False
+        )
+
+
+def plan_hooks(result: Plan, cfg: Config, batch: Batch, warmup: int) -> None:
+    """AGVM's, and what is clipped at the end of warm-up."""
+    old = [plain(cfg, hook) for hook in cfg.get('custom_hooks') or []]
+    hooks = [dict(hook) for hook in old]
+    for hook in hooks:
+        if hook['type'] == 'ClipGradWindowHook':
+            begin, end = max(0, warmup - CLIP_MARGIN), warmup + CLIP_MARGIN
+            hook.update(
+                begin=begin * batch.accumulation, end=end * batch.accumulation
+            )
+            result.because(
+                f'ClipGradWindowHook clips updates {begin} to {end}, around '
+                'the end of the warm-up, as in the official code'
+            )
+    if not any(hook['type'] == 'AGVMHook' for hook in hooks):
+        hooks.append(dict(type='AGVMHook'))
+    if hooks != old:
+        result.diff['custom_hooks'] = hooks

@@ -1,0 +1,231 @@
+"""Plans a training with AGVM: its length, learning rate, warm-up and time."""
+
+import math
+from dataclasses import dataclass
+from typing import Optional, Sequence, Tuple
+
+import numpy as np
+from mmengine.config import Config
+from torch import nn
+
+from mmagvm.analysis.markdown import table
+from mmagvm.core.modules import find_modules
+from mmagvm.errors import refuse
+from mmagvm.planning import large_batch as large_batch_plan
+from mmagvm.planning.config_reader import (
+    innermost,
+)
+from mmagvm.planning.large_batch import Batch, Plan
+from mmagvm.planning.time_model import (
+    Cluster,
+    Gradients,
+    Update,
+    update_seconds,
+)
+
+#: GPUs of the table.
+GPUS = (8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536)
+
+# -- what is trained
+
+
+@dataclass(frozen=True)
+class Training:
+    """What make_large_batch_config would write for a batch.
+
+    Args:
+        batch: Its size, and how it is made.
+        updates: Of the optimizer, over the whole training.
+        lr: Learning rate.
+        warmup: Its length, in updates.
+        interval: Updates between two measurements.
+        begin: The first measured update.
+    """
+
+    batch: Batch
+    updates: int
+    lr: float
+    warmup: int
+    interval: int
+    begin: int
+
+    @property
+    def measured(self) -> float:
+        """Part of the updates that AGVM measures."""
+        return len(range(self.begin, self.updates, self.interval)) / max(
+            1, self.updates
+        )
+
+
+def plan_training(
+    cfg: Config, batch: Batch, images: Optional[int], dataset: str
+) -> Training:
+    """Length, learning rate, warm-up and AGVM's settings for a batch.
+
+    Args:
+        cfg: The original.
+        batch: The batch.
+        images: In the training set; unused where iterations are counted.
+        dataset: 'CocoDataset' or 'ADE20KDataset', whose rule counts.
+    """
+    result = Plan()
+    warmup, total = large_batch_plan.plan_training(
+        result, cfg, batch, None, dataset, images
+    )
+    wrapper = result.diff['optim_wrapper']
+    return Training(
+        batch,
+        math.ceil(total),
+        wrapper['optimizer']['lr'],
+        warmup,
+        wrapper['interval'],
+        wrapper['begin'],
+    )
+
+
+def find_dataset(cfg: Config, rule: Optional[str]) -> str:
+    """The data set whose learning-rate rule counts."""
+    known = dict(COCO='CocoDataset', ADE20K='ADE20KDataset')
+    if rule is not None:
+        return known[rule]
+    name = innermost(cfg.train_dataloader.dataset).get('type', '')
+    for part, dataset in known.items():
+        if part.lower() in name.lower():
+            return dataset
+    return str(
+        refuse(
+            f'train_dataloader.dataset.type={name!r}: the paper has no '
+            'learning-rate rule for it: choose whose to follow with --rule '
+            f'{" or ".join(known)}'
+        )
+    )
+
+
+def count_gradients(model: nn.Module, cfg: Config) -> Gradients:
+    """What a model sends, by its parameters that are trained."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    halved = cfg.optim_wrapper.get('comm_hook') in ('fp16', 'bf16')
+    modules = cfg.optim_wrapper.get('modules') or find_modules(model)
+    return Gradients(4 * trained, len(modules), 0.5 if halved else 1.0)
+
+
+# -- from times to what they are made of
+
+
+def calibrate(
+    times: Sequence[Tuple[Training, float]],
+    gradients: Gradients,
+    cluster: Cluster,
+    estimator: str,
+) -> Cluster:
+    """Compute and latency with which two trainings take what they took.
+
+    Time is linear in both, so two times give exactly one answer.
+
+    Args:
+        times: Two trainings, and the seconds of each.
+        gradients: What they send.
+        cluster: Its bandwidth and overlap are taken as they are.
+        estimator: AGVM's.
+
+    Raises:
+        UsageError: Only negative ones would do.
+    """
+
+    def seconds(training: Training, compute: float, latency: float) -> float:
+        return update_seconds(
+            training.batch.gpus,
+            training.batch.accumulation,
+            gradients,
+            Cluster(compute, cluster.bandwidth, latency, cluster.overlap),
+            estimator,
+            training.measured,
+        ).total
+
+    rows, rest = [], []
+    for training, whole in times:
+        fixed = seconds(training, 0, 0)
+        rows.append(
+            [
+                seconds(training, 1, 0) - fixed,
+                seconds(training, 0, 1) - fixed,
+            ]
+        )
+        rest.append(whole / training.updates - fixed)
+    if abs(np.linalg.det(rows)) < 1e-9:
+        refuse('--calibrate: two times on as many GPUs: give different ones')
+    compute, latency = np.linalg.solve(rows, rest)
+    if compute <= 0 or latency < 0:
+        refuse(
+            '--calibrate: the times would need '
+            f'{compute * 1e3:.0f} ms of computing and '
+            f'{latency * 1e6:.1f} us of latency: check them, or '
+            '--bandwidth-gbps'
+        )
+    return Cluster(compute, cluster.bandwidth, latency, cluster.overlap)
+
+
+# -- telling
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    for unit, size in (('d', 86400), ('h', 3600), ('min', 60)):
+        if seconds >= 2 * size:
+            return f'{seconds / size:.1f} {unit}'
+    return f'{seconds:.1f} s'
+
+
+def parts_table(training: Training, update: Update) -> str:
+    """Where the time of one training goes."""
+    rows = [
+        ('compute', update.compute),
+        ('all-reduce', update.all_reduce),
+        ('AGVM', update.agvm),
+        ('whole', update.total),
+    ]
+    return table(
+        ('part', 'ms an update', 'of training', 'share'),
+        [
+            (
+                name,
+                f'{seconds * 1e3:.2f}',
+                duration(seconds * training.updates),
+                f'{100 * seconds / update.total:.2f} %',
+            )
+            for name, seconds in rows
+        ],
+    )
+
+
+def gpus_table(rows: Sequence[Tuple[Training, Update]]) -> str:
+    """The same on other numbers of GPUs, each with as many images."""
+    return table(
+        (
+            'GPUs',
+            'batch',
+            'updates',
+            'learning rate',
+            'warm-up',
+            'ms an update',
+            'all-reduce',
+            'AGVM',
+            'efficiency',
+            'time',
+        ),
+        [
+            (
+                f'{training.batch.gpus}',
+                f'{training.batch.size}',
+                f'{training.updates}',
+                f'{training.lr:g}',
+                f'{training.warmup}',
+                f'{update.total * 1e3:.1f}',
+                f'{100 * update.all_reduce / update.total:.1f} %',
+                f'{100 * update.agvm / update.total:.2f} %',
+                f'{100 * update.compute / update.total:.0f} %',
+                duration(update.total * training.updates),
+            )
+            for training, update in rows
+        ],
+    )

@@ -1,0 +1,1 @@
+"""What AGVM and optimizers cost, and how well phi is estimated."""

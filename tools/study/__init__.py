@@ -1,0 +1,1 @@
+"""A study of large batches that anyone can repeat (docs/evidence.md)."""
