@@ -1,7 +1,7 @@
 """Errors that tell all there is to say, so that no traceback is needed."""
 
 from functools import wraps
-from typing import Any, Callable
+from typing import Callable, NoReturn
 
 
 class ToldError(Exception):
@@ -16,8 +16,8 @@ class LostRanksError(ToldError, RuntimeError):
     """Other ranks did not come, or are gone."""
 
 
-def refuse(message: str) -> Any:
-    """Raise a :class:`UsageError`; usable where a value is expected."""
+def refuse(message: str) -> NoReturn:
+    """Raise a :class:`UsageError`."""
     raise UsageError(message)
 
 

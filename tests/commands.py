@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Dict, Optional, Union
 
 import torch
 from mmengine.runner import CheckpointLoader
@@ -14,27 +16,32 @@ from toy_runner import toy_cfg
 ROOT = Path(__file__).parent.parent
 
 
-def load_command(path):
+def load_command(path: str) -> ModuleType:
     """The module of a command in tools/, to call its ``main`` in process."""
     file = ROOT / 'tools' / path
     spec = importlib.util.spec_from_file_location(f'tools_{file.stem}', file)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
     """As MMEngine does: its fork ends torch's permission after each load."""
-    return CheckpointLoader.load_checkpoint(str(path), map_location='cpu')
+    checkpoint: Dict[str, Any] = CheckpointLoader.load_checkpoint(
+        str(path), map_location='cpu'
+    )
+    return checkpoint
 
 
-def free_port():
+def free_port() -> str:
+    """A port that nothing listens on, just now."""
     with socket.socket() as sock:
         sock.bind(('', 0))
         return str(sock.getsockname()[1])
 
 
-def start(*args, **env):
+def start(*args: object, **env: object) -> 'subprocess.Popen[str]':
     """Start a command in the project's root, on the CPU."""
     paths = [str(ROOT), str(ROOT / 'tests')]
     return subprocess.Popen(
@@ -56,7 +63,7 @@ def start(*args, **env):
     )
 
 
-def finish(process, code=0):
+def finish(process: 'subprocess.Popen[str]', code: int = 0) -> str:
     """What a command printed; it must end, with this exit status."""
     try:
         output, _ = process.communicate(timeout=500)
@@ -67,11 +74,14 @@ def finish(process, code=0):
     return output
 
 
-def run(*args, code=0, **env):
+def run(*args: object, code: int = 0, **env: object) -> str:
+    """What a command prints until it ends, with this exit status."""
     return finish(start(*args, **env), code)
 
 
-def write_config(work_dir, hook=None, **settings):
+def write_config(
+    work_dir: Union[str, Path], hook: Optional[str] = None, **settings: Any
+) -> Path:
     """A config file of the toy, for two ranks and so without accumulation."""
     cfg = toy_cfg(work_dir, accumulative_counts=1, **settings)
     if hook is not None:
@@ -83,7 +93,7 @@ def write_config(work_dir, hook=None, **settings):
     return path
 
 
-def assert_equal(ours, other, path=''):
+def assert_equal(ours: Any, other: Any, path: str = '') -> None:
     """Two checkpoints' parts, down to the bits of their tensors."""
     assert type(ours) is type(other), path
     if isinstance(ours, torch.Tensor):

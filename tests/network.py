@@ -7,7 +7,7 @@ switch, and no route to anywhere else.
 import os
 import shutil
 import subprocess
-from typing import Optional
+from typing import List, Optional, Tuple
 
 from commands import start
 
@@ -75,11 +75,13 @@ class Network:
         """Of the range that RFC 2544 keeps for such tests."""
         return f'198.18.0.{node + 1}'
 
-    def link(self, node: int) -> tuple:
+    def link(self, node: int) -> Tuple[str, ...]:
         """Arguments of ``ip`` that, with 'down' or 'up', cut or mend it."""
         return ('-n', self.switch, 'link', 'set', f'port{node}')
 
-    def start(self, *args: object, **env: str) -> list:
+    def start(
+        self, *args: object, **env: str
+    ) -> 'List[subprocess.Popen[str]]':
         """Start a command on every node, as a user does on a cluster."""
         common = dict(
             NNODES=str(len(self.nodes)),

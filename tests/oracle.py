@@ -4,7 +4,7 @@ Every rank's and micro-batch's gradient is computed by itself, both halves are
 averaged and flattened explicitly, and the optimizers are spelled out.
 """
 
-from typing import Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 
@@ -33,7 +33,7 @@ class Oracle:
         ema_decay: float = 0.97,
         begin: int = 0,
         eps: float = 1e-6,
-        ratio_range=(0.1, 10.0),
+        ratio_range: Tuple[float, float] = (0.1, 10.0),
         anchor: str = 'backbone',
         estimator: str = 'split',
         max_norm: float = float('inf'),
@@ -53,7 +53,9 @@ class Oracle:
         self.modules = list(dict.fromkeys(map(module_of, self.params)))
         self.mu = dict.fromkeys(self.modules, 1.0)
         self.phi: Dict[str, float] = {}
-        self.state: Dict[str, dict] = {name: {} for name in self.params}
+        self.state: Dict[str, Dict[str, Any]] = {
+            name: {} for name in self.params
+        }
 
     def gradient(self, rank: int, micro_batch: int) -> Vectors:
         self.model.zero_grad(set_to_none=True)
@@ -83,7 +85,9 @@ class Oracle:
         self.t += 1
 
     def clip(self, g: Vectors) -> float:
-        norm = torch.cat([v.flatten() for v in g.values()]).norm().item()
+        norm: float = (
+            torch.cat([v.flatten() for v in g.values()]).norm().item()
+        )
         return min(1, self.max_norm / (norm + 1e-6))
 
     def measure(self, g: Vectors, g1: Vectors, g2: Vectors) -> None:
@@ -166,14 +170,14 @@ class Oracle:
         if self.optimizer == 'SGD':
             g = g + 1e-2 * p
             state['m'] = 0.9 * state['m'] + g if 'm' in state else g
-            p -= 0.05 * mu * state['m']
+            p.sub_(0.05 * mu * state['m'])
             return
         n = state['n'] = state.get('n', 0) + 1
         state['m'] = 0.9 * state.get('m', 0) + 0.1 * g
         state['v'] = 0.999 * state.get('v', 0) + 0.001 * g**2
         m = state['m'] / (1 - 0.9**n)
         v = state['v'] / (1 - 0.999**n)
-        p -= 0.01 * mu * (m / (v.sqrt() + 1e-8) + 0.05 * p)
+        p.sub_(0.01 * mu * (m / (v.sqrt() + 1e-8) + 0.05 * p))
 
 
 def mean(vectors: List[Vectors]) -> Vectors:

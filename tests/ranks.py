@@ -3,7 +3,7 @@
 import datetime
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Tuple
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ def _run_rank(
     world_size: int,
     folder: str,
     function: Callable[..., Any],
-    args: tuple,
+    args: Tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(

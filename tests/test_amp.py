@@ -83,7 +83,7 @@ def test_scaler_and_agvm_travel_together():
     other.load_state_dict(state)
     assert other.loss_scaler.state_dict() == wrapper.loss_scaler.state_dict()
     assert other.modulator.lr_scale == wrapper.modulator.lr_scale
-    assert other.update == 3
+    assert other.agvm.update == 3
 
 
 @pytest.mark.parametrize('estimator', ['split', 'pairs'])

@@ -1,6 +1,9 @@
 """A detector-shaped toy: a few modules, a loss, and batches to train on."""
 
+from typing import Any, Dict, Optional
+
 import torch
+from mmengine.optim import OptimWrapper
 from torch import nn
 
 
@@ -25,11 +28,11 @@ class ToyDetector(nn.Module):
         )
         self.scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, inputs):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         x = torch.tanh(self.neck(self.backbone(inputs)) * self.scale)
-        losses = self.rpn_head(x).square().sum(1) + self.roi_head['bbox_head'](
-            x
-        ).cos().sum(1)
+        losses: torch.Tensor = self.rpn_head(x).square().sum(
+            1
+        ) + self.roi_head['bbox_head'](x).cos().sum(1)
         if not (self.idle_head and inputs[0, 0] > 0):
             losses = losses + self.roi_head['mask_head'](x).exp().sum(1)
         return losses.mean()
@@ -45,7 +48,7 @@ MODULES = (
 )
 
 
-def make_model(seed: int = 0, **kwargs) -> ToyDetector:
+def make_model(seed: int = 0, **kwargs: Any) -> ToyDetector:
     """The same double-precision model for the same seed."""
     torch.manual_seed(seed)
     return ToyDetector(**kwargs).double()
@@ -59,9 +62,13 @@ def make_batch(update: int, rank: int, micro_batch: int) -> torch.Tensor:
     return torch.randn(4, 6, generator=generator, dtype=torch.float64)
 
 
-def wrapper_cfg(optimizer='SGD', paramwise_cfg=None, **settings) -> dict:
+def wrapper_cfg(
+    optimizer: str = 'SGD',
+    paramwise_cfg: Optional[Dict[str, Any]] = None,
+    **settings: Any,
+) -> Dict[str, Any]:
     """An optim_wrapper config, by default with the paper's estimator."""
-    optimizers = dict(
+    optimizers: Dict[str, Dict[str, Any]] = dict(
         SGD=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=1e-2),
         AdamW=dict(type='AdamW', lr=0.01, weight_decay=0.05),
     )
@@ -74,7 +81,14 @@ def wrapper_cfg(optimizer='SGD', paramwise_cfg=None, **settings) -> dict:
     )
 
 
-def train(model, wrapper, updates, rank=0, accumulation=1, start=0):
+def train(
+    model: nn.Module,
+    wrapper: OptimWrapper,
+    updates: int,
+    rank: int = 0,
+    accumulation: int = 1,
+    start: int = 0,
+) -> None:
     """Run updates ``start`` to ``updates`` of ``make_batch``'s stream."""
     for update in range(start, updates):
         for micro_batch in range(accumulation):

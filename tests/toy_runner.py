@@ -3,6 +3,8 @@
 import os
 import signal
 import subprocess
+from pathlib import Path
+from typing import Any, Dict, Union
 
 import torch
 from mmengine.config import Config
@@ -10,6 +12,7 @@ from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, HOOKS, MODELS
+from mmengine.runner import Runner
 from torch import nn
 from toy import ToyDetector, wrapper_cfg
 
@@ -20,7 +23,7 @@ ITERATIONS = 8
 class ToyModel(BaseModel):
     """ToyDetector as the Runner wants it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         for name, child in ToyDetector().named_children():
@@ -28,18 +31,20 @@ class ToyModel(BaseModel):
         self.scale = nn.Parameter(torch.ones(1))
         self.idle_head = False
 
-    def forward(self, inputs, mode='loss'):
+    def forward(
+        self, inputs: torch.Tensor, mode: str = 'loss'
+    ) -> Dict[str, torch.Tensor]:
         return dict(loss=ToyDetector.forward(self, inputs))
 
 
 @DATASETS.register_module()
-class ToyDataset(torch.utils.data.Dataset):
+class ToyDataset(torch.utils.data.Dataset[Dict[str, torch.Tensor]]):
     """Inputs that depend on their index alone."""
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 4 * ITERATIONS
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(index)
         return dict(inputs=torch.randn(6, generator=generator))
 
@@ -48,7 +53,9 @@ class ToyDataset(torch.utils.data.Dataset):
 class KillRank(Hook):
     """SIGKILLs the last rank in the backward of an update, but only once."""
 
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
         if (runner.epoch, batch_idx, get_rank()) == (1, 3, 1) and os.environ[
             'TORCHELASTIC_RESTART_COUNT'
         ] == '0':
@@ -62,13 +69,20 @@ class KillRank(Hook):
 class CutLink(Hook):
     """Has the last rank run the command CUT_LINK in the second epoch."""
 
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
         last = get_world_size() - 1
         if (runner.epoch, batch_idx, get_rank()) == (1, 1, last):
             subprocess.run(os.environ.get('CUT_LINK', 'true').split())
 
 
-def toy_cfg(work_dir, optimizer='SGD', max_epochs=2, **settings):
+def toy_cfg(
+    work_dir: Union[str, Path],
+    optimizer: str = 'SGD',
+    max_epochs: int = 2,
+    **settings: Any,
+) -> Config:
     settings = {
         **dict(accumulative_counts=2, interval=1, ema_decay=0.5, begin=1),
         **settings,

@@ -7,7 +7,10 @@ import os
 import sys
 
 import torch.distributed as dist
-from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+from torch.distributed.elastic.agent.server.api import (
+    SimpleElasticAgent,
+    WorkerGroup,
+)
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
@@ -22,17 +25,17 @@ def bound_rendezvous(seconds: int) -> None:
     """
     rendezvous = SimpleElasticAgent._rendezvous
 
-    def bounded(agent, worker_group):
+    def bounded(agent: SimpleElasticAgent, worker_group: WorkerGroup) -> None:
         here = f'Seen from node {os.environ.get("NODE_RANK", 0)}, the nodes '
         with deadline(seconds, f'{here}did not meet within {seconds} seconds'):
             try:
-                return rendezvous(agent, worker_group)
+                rendezvous(agent, worker_group)
             except dist.DistError as error:
                 raise SystemExit(
                     what_to_check(f'{here}cannot meet: {error}')
                 ) from None
 
-    SimpleElasticAgent._rendezvous = bounded
+    SimpleElasticAgent._rendezvous = bounded  # type: ignore[method-assign]
 
 
 def main() -> None:

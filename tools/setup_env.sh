@@ -18,7 +18,7 @@ onedl) VENV=.venv-onedl ;;
 esac
 # what was installed from, so that a change of it installs anew
 stamp=$(cat requirements/{build,constraints,optimizers,runtime,tests,tools,"$HOST"}.txt \
-    setup.py tools/setup_env.sh | sha256sum)
+    pyproject.toml setup.py tools/pyproject.toml tools/setup_env.sh | sha256sum)
 if [ "$(cat $VENV/installed 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
@@ -60,5 +60,6 @@ if ! python -c 'import mmcv._ext' 2>/dev/null; then
         "$(grep -E '^(onedl-)?mmcv==' "requirements/$HOST.txt")"
 fi
 echo "== Installing MMDetection, MMSegmentation and mmagvm"
-pip install --quiet --no-build-isolation -e ".[$HOST,optimizers,tools,tests]"
+pip install --quiet --no-build-isolation \
+    -e ".[$HOST,optimizers,tools,tests]" -e tools
 echo "$stamp" > $VENV/installed

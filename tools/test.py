@@ -1,5 +1,7 @@
 """Evaluates a checkpoint of mmdet or mmseg on its test set."""
 
+import argparse
+
 from mmengine.config import Config
 
 from mmagvm.errors import UsageError, command
@@ -14,7 +16,7 @@ from mmagvm.launch.runner import (
 )
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = common_parser(__doc__)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
@@ -35,7 +37,7 @@ def parse_args():
     return args
 
 
-def enable_visualization(cfg: Config, args) -> None:
+def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
     """Let the config's visualization hook draw."""
     if 'visualization' not in cfg.default_hooks:
         raise UsageError(

@@ -1,5 +1,7 @@
 """Trains a model of mmdet or mmseg, with AGVM if its config says so."""
 
+import argparse
+
 from mmengine.config import Config
 
 from mmagvm.errors import UsageError, command
@@ -16,7 +18,7 @@ from mmagvm.launch.runner import (
 from mmagvm.version import full_version
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = common_parser(__doc__)
     parser.add_argument(
         '--resume',

@@ -2,7 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Dict,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import matplotlib
 import numpy as np
@@ -17,6 +25,9 @@ from matplotlib.ticker import (  # noqa: E402
     StrMethodFormatter,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType  # not in every version
+
 #: Okabe and Ito's colours, which the colour-blind tell apart. Where there is
 #: no colour, dashes and markers do: no two of 12 lines share all three.
 COLOURS = ['#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00']
@@ -25,7 +36,7 @@ MARKERS = 'osD^v<>Pp*hX'
 
 #: Inches: figures are made in the size in which a paper prints them.
 COLUMN, PAGE = 3.4, 7.0
-TEXT = {
+TEXT: 'Dict[RcKeyType, Any]' = {
     'font.size': 7.5,
     'axes.titlesize': 8,
     'legend.fontsize': 7,

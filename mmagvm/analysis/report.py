@@ -222,7 +222,7 @@ def page(
             'was logged: train with AGVMOptimWrapper and AGVMHook'
         )
     different, rows = settings(runs)
-    drawn = []
+    drawn: List[Dict[str, Any]] = []
     for section in sections(runs):
         section['pictures'] = [
             svg(figure, f'{len(drawn)}-{i}-')

@@ -83,7 +83,9 @@ class Run:
             )
         steps, counts = self.series['agvm/measured']
         # none is left to count after a restart without AGVM's state
-        return steps[(np.diff(counts, prepend=0) != 0) & (counts > 0)]
+        new = (np.diff(counts, prepend=0) != 0) & (counts > 0)
+        measured: np.ndarray = steps[new]
+        return measured
 
 
 def load_run(work_dir: Path) -> Run:
@@ -115,7 +117,7 @@ def load_run(work_dir: Path) -> Run:
         )
     train_lines: List[Dict[str, Any]] = []
     val_lines: List[Dict[str, Any]] = []
-    kept = []
+    kept: List[Tuple[Path, int]] = []
     for start, train, val in pieces:
         first = train[0]['step']
         train_lines = [line for line in train_lines if line['step'] < first]

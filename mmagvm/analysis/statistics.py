@@ -1,12 +1,15 @@
 """Medians and their intervals."""
 
 import math
-from typing import Dict, Sequence
+from typing import Dict, Sequence, Union
 
 import numpy as np
 
+#: One of each repetition.
+Values = Union[Sequence[float], np.ndarray]
 
-def summary(values: Sequence[float]) -> Dict[str, float]:
+
+def summary(values: Values) -> Dict[str, float]:
     """Median, quartiles and the 95 % interval of the median.
 
     The interval is between two of the values, by order statistics: it
@@ -31,7 +34,7 @@ def summary(values: Sequence[float]) -> Dict[str, float]:
 
 
 def ratio_summary(
-    numerators: Sequence[float], denominators: Sequence[float]
+    numerators: Values, denominators: Values
 ) -> Dict[str, float]:
     """:func:`summary` of the ratios within each repetition.
 

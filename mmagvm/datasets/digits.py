@@ -12,7 +12,7 @@ background is the one class of stuff, and semantic maps as ADE20K has them
 
 import json
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple, Union
+from typing import Any, Dict, List, Sequence, Tuple, Union
 
 import cv2
 import numpy as np
@@ -121,7 +121,7 @@ def segment_id(owner: Union[int, np.ndarray]) -> Union[int, np.ndarray]:
 
 def describe_segments(
     boxes: List[Tuple[int, ...]], found: List[int], owner: np.ndarray
-) -> List[Dict]:
+) -> List[Dict[str, Any]]:
     """``segments_info`` of the background and the digits."""
     whole = (0, 0, IMAGE_SIZE, IMAGE_SIZE)
     return [
@@ -155,8 +155,7 @@ def make_split(
         scans: Those of the 1797 that its images show.
     """
     digits = load_digits()
-    labels = digits.target[scans]
-    scans = digits.images[scans]
+    shown, labels = digits.images[scans], digits.target[scans]
     rng = np.random.default_rng(seed)
     for folder in (
         split,
@@ -165,11 +164,11 @@ def make_split(
         'annotations',
     ):
         (out_dir / folder).mkdir(parents=True, exist_ok=True)
-    images: List[Dict] = []
-    panoptic: List[Dict] = []
-    annotations: List[Dict] = []
+    images: List[Dict[str, Any]] = []
+    panoptic: List[Dict[str, Any]] = []
+    annotations: List[Dict[str, Any]] = []
     for image_id in range(num_images):
-        image, boxes, found, owner = draw_image(scans, labels, rng)
+        image, boxes, found, owner = draw_image(shown, labels, rng)
         name = f'{image_id:06d}.png'
         semantic = np.array([1, *(label + 2 for label in found)], np.uint8)
         for folder, pixels in (

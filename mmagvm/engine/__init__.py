@@ -1,17 +1,17 @@
 """AGVM in MMEngine: optimizer wrappers, their constructor, the hook.
 
-Importing this mends what the installed host needs mended: see ``host``.
+Importing this repairs what must be before a config is read: see ``host``.
 """
 
 from mmagvm.engine.amp_optim_wrapper import AGVMAmpOptimWrapper
 from mmagvm.engine.hook import AGVMHook
-from mmagvm.engine.host import check_versions, mend
+from mmagvm.engine.host import check_versions, repair_at_import
 from mmagvm.engine.log import forward_messages
 from mmagvm.engine.optim_wrapper import AGVMOptimWrapper
 from mmagvm.engine.optim_wrapper_constructor import AGVMOptimWrapperConstructor
 
 check_versions()
-mend()
+repair_at_import()
 forward_messages()
 
 __all__ = [

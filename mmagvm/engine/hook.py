@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
+from mmagvm.engine import host
 from mmagvm.engine.lr_schedule import (
     fit_schedulers,
     scale_base_lr,
@@ -87,6 +88,8 @@ class AGVMHook(Hook):
         chart_modules_together(runner.visualizer, agvm.quantities())
         for line in describe(wrapper, runner):
             runner.logger.info(line)
+        for repair in host.repairs:
+            runner.logger.info(f'AGVM: repaired in the host: {repair}')
         warmup = warmup_updates(
             runner.param_schedulers or [],
             len(runner.train_dataloader),

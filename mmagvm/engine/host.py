@@ -1,10 +1,14 @@
-"""What the hosting MMEngine and torch must have, checked and mended."""
+"""What the hosting MMEngine and torch must have, checked and repaired.
+
+Each repair is made only where the installed version needs it, is told once in
+the log of a run with AGVM, and changes no training without AGVM.
+"""
 
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pickle import UnpicklingError
-from typing import Any, Callable
+from typing import Any, Callable, List
 
 import mmengine
 import numpy as np
@@ -21,11 +25,14 @@ TORCH_MINIMUM = '2.1.0'
 STATISTICS = ('min', 'max', 'current', 'mean')
 
 
-def mend() -> None:
-    """Apply every repair of this file; none changes a run without AGVM."""
+#: What was repaired, for the log, each with the report of the fault.
+repairs: List[str] = []
+
+
+def repair_at_import() -> None:
+    """What must be there before a config or a checkpoint is read."""
     allow_checkpoints()
     find_mmseg_bases()
-    keep_gradients_of_checkpointed_modules()
 
 
 def check_versions() -> None:
@@ -52,6 +59,7 @@ def find_mmseg_bases() -> None:
     except PackageNotFoundError:
         if find_spec('mmseg') is not None:
             MODULE2PACKAGE['mmseg'] = 'mmseg'
+            _note("'mmseg::' bases are found in the onedl fork")
 
 
 def keep_gradients_of_checkpointed_modules() -> None:
@@ -59,11 +67,16 @@ def keep_gradients_of_checkpointed_modules() -> None:
 
     It takes torch's reentrant checkpointing, which gives no gradient to a
     module whose inputs need none: a backbone, fed with images, silently
-    stays as it was initialized.
+    stays as it was initialized. Made when AGVM's optimizer wrapper is built.
     """
-    activation_checkpointing.checkpoint = partial(
-        checkpoint, use_reentrant=False
-    )
+    if activation_checkpointing.checkpoint is checkpoint:  # torch's, bare
+        activation_checkpointing.checkpoint = partial(
+            checkpoint, use_reentrant=False
+        )
+        _note(
+            'activation_checkpointing trains the first module, '
+            'https://github.com/open-mmlab/mmengine/issues/1425'
+        )
 
 
 def allow_checkpoints() -> None:
@@ -76,6 +89,10 @@ def allow_checkpoints() -> None:
     """
     if digit_version(torch.__version__) < digit_version('2.6.0'):
         return
+    _note(
+        'checkpoints can be loaded on torch 2.6 and later, '
+        'https://github.com/open-mmlab/mmengine/issues/1655'
+    )
     array: Any = np.zeros(1).__reduce__()[0]
     scalar: Any = np.float64(0).__reduce__()[0]
     torch.serialization.add_safe_globals(
@@ -105,3 +122,8 @@ def _statistics_method(owner: Any, name: str) -> Callable[..., Any]:
             'MMEngine checkpoint contains: it may be malicious'
         )
     return getattr(HistoryBuffer, name)  # type: ignore[no-any-return]
+
+
+def _note(repair: str) -> None:
+    if repair not in repairs:
+        repairs.append(repair)

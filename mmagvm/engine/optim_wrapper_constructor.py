@@ -12,6 +12,7 @@ from torch import nn
 
 from mmagvm.core.grad_variance import refuse_sharded_model
 from mmagvm.core.modules import module_groups
+from mmagvm.engine.host import keep_gradients_of_checkpointed_modules
 from mmagvm.engine.optim_wrapper import AGVMOptimWrapper
 
 
@@ -70,6 +71,7 @@ class AGVMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper of ``model``."""
         refuse_sharded_model(model)
+        keep_gradients_of_checkpointed_modules()
         model = getattr(model, 'module', model)
         groups = module_groups(
             model, self.modules, self._options_of_params(model)

@@ -5,7 +5,7 @@ import re
 import sys
 import zipfile
 from pathlib import Path
-from typing import List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 import torch
 from mmengine.config import Config
@@ -175,14 +175,14 @@ def earlier(path: Path) -> List[Path]:
     if number is None:
         return []
     series = path.name[: -len(f'{number}.pth')]
-    older = [
-        other
-        for other in path.parent.glob('*.pth')
-        if _number(other) is not None
-        and other.name == f'{series}{_number(other)}.pth'
-        and _number(other) < number
-    ]
-    return sorted(older, key=_number, reverse=True)
+    older: Dict[int, Path] = {}
+    for other in path.parent.glob('*.pth'):
+        its = _number(other)
+        if its is None or other.name != f'{series}{its}.pth':
+            continue
+        if its < number:
+            older[its] = other
+    return [older[its] for its in sorted(older, reverse=True)]
 
 
 def newest_readable(paths: List[Path]) -> Optional[Path]:

@@ -5,7 +5,7 @@ import datetime
 import gc
 import os
 import os.path as osp
-from typing import Optional
+from typing import Any, Dict, Optional
 
 import mmengine
 import torch
@@ -116,7 +116,9 @@ def patience(cfg: Config) -> float:
     """Seconds that ranks wait for each other in a collective."""
     dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})
     # torch's own for gloo, and for NCCL
-    return dist_cfg.get('timeout', 1800 if get_device() == 'cpu' else 600)
+    usual = 1800 if get_device() == 'cpu' else 600
+    seconds: float = dist_cfg.get('timeout', usual)
+    return seconds
 
 
 def init_process_group(cfg: Config, store: Optional[dist.Store]) -> None:
@@ -129,7 +131,7 @@ def init_process_group(cfg: Config, store: Optional[dist.Store]) -> None:
     env_cfg = cfg.get('env_cfg', {})
     dist_cfg = env_cfg.get('dist_cfg', {})
     timeout = datetime.timedelta(seconds=patience(cfg))
-    group = {}
+    group: Dict[str, Any] = {}
     if store is not None and get_device() in ('cpu', 'cuda'):
         # or ranks that were restarted would find in the store, which torchrun
         # keeps, the addresses of those that died

@@ -328,15 +328,15 @@ def whole_model(
     old = measured.batch_size
     # the largest cosine has the smallest noise scale
     first, last = int(cosine.argmax()), int(cosine.argmin())
-    low, high = interval(noise_scale(draws.max(1), old))
+    low, high = map(float, interval(noise_scale(draws.max(1), old)))
     text = (
         f'Whole model: up to a batch of {number(low)} every module gains from '
         'more images'
     )
     if not np.isfinite(high):
         return text + '; the run is too short to say where that ends'
-    end = noise_scale(cosine[last], old)
-    most = f'{number(float(end))} images' if np.isfinite(end) else 'any batch'
+    end = float(noise_scale(cosine[last], old))
+    most = f'{number(end)} images' if np.isfinite(end) else 'any batch'
     return (
         f'{text}, beyond {number(high)} '
         f'{measured.modules[first]} no longer does (best guess '

@@ -59,9 +59,10 @@ def drift(values: np.ndarray, blocks: int = BLOCKS) -> np.ndarray:
     deviations = deviations - deviations.mean(0)
     total = (deviations**2).sum(0)
     product = (deviations[1:] * deviations[:-1]).sum(0)
-    return np.divide(
+    correlation: np.ndarray = np.divide(
         product, total, out=np.zeros_like(product), where=total > 0
     )
+    return correlation
 
 
 def interval(draws: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:

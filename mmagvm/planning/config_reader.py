@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS
-from torch import nn
 
 from mmagvm.errors import refuse
 from mmagvm.recipes.lr_scaling import COCO_IMAGES, RECIPES, STUDY_RULES, Recipe
@@ -105,7 +105,7 @@ def count_images(dataset: Dict[str, Any]) -> int:
     path = dataset.get('ann_file') or (dataset.get('data_prefix') or {}).get(
         'img_path', ''
     )
-    known = IMAGES.get((dataset.get('type'), Path(path).name))
+    known = IMAGES.get((dataset.get('type', ''), Path(path).name))
     if known and not dataset.get('metainfo') and not dataset.get('indices'):
         return known
     try:
@@ -117,7 +117,7 @@ def count_images(dataset: Dict[str, Any]) -> int:
         )
 
 
-def build_model(cfg: Config) -> nn.Module:
+def build_model(cfg: Config) -> BaseModel:
     """The config's model, without fetching pretrained weights."""
     try:
         return MODELS.build(without_weights(cfg.model))

@@ -6,9 +6,8 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from torch import nn
 
 from mmagvm.errors import refuse
 from mmagvm.planning.config_reader import one_line
@@ -24,7 +23,7 @@ def image_size(cfg: Config) -> Tuple[int, int]:
     found = None
     for step in pipeline(cfg):
         kind = step.get('type', '')
-        sizes = step.get('scale') or step.get('scales')
+        sizes: Any = step.get('scale') or step.get('scales')
         if 'Resize' in kind and sizes:
             sizes = (sizes, sizes) if isinstance(sizes, int) else sizes
             sizes = [sizes] if isinstance(sizes[0], int) else sizes
@@ -41,7 +40,6 @@ def image_size(cfg: Config) -> Tuple[int, int]:
             'the pipeline of train_dataloader tells no image size: write '
             '--image-size HEIGHT WIDTH'
         )
-    assert found is not None
     return found
 
 
@@ -109,7 +107,7 @@ def make_data(
 
 def profile(
     cfg: Config,
-    model: nn.Module,
+    model: BaseModel,
     images: int,
     size: Tuple[int, int],
     repetitions: int,

@@ -349,11 +349,12 @@ def plan_iterations(result: Plan, cfg: Config, batch: Batch) -> int:
     """The length and the intervals of an iteration-based run; its updates."""
     scaled = batch.iterations
     old = cfg.train_cfg
-    new: Dict[str, Any] = dict(max_iters=scaled(old.max_iters))
+    length = scaled(old.max_iters)
+    new: Dict[str, Any] = dict(max_iters=length)
     if old.get('val_interval'):
         new['val_interval'] = scaled(old.val_interval)
         if old.val_interval > old.max_iters:  # never
-            new['val_interval'] = new['max_iters'] + 1
+            new['val_interval'] = length + 1
     if old.get('val_begin'):
         new['val_begin'] = scaled(old.val_begin)
     if old.get('dynamic_intervals'):
@@ -368,14 +369,14 @@ def plan_iterations(result: Plan, cfg: Config, batch: Batch) -> int:
             checkpoint=dict(interval=scaled(checkpoint['interval']))
         )
     result.because(
-        f'{old.max_iters} -> {new["max_iters"]} iterations, and all that '
-        'counts in them likewise, so that as many images are seen'
+        f'{old.max_iters} -> {length} iterations, and all that counts in them '
+        'likewise, so that as many images are seen'
     )
     if cfg.get('custom_hooks'):
         result.because(
             'custom_hooks are as they were: check iterations in them'
         )
-    return new['max_iters'] // batch.accumulation
+    return length // batch.accumulation
 
 
 def schedule(
@@ -432,9 +433,8 @@ def schedule(
 
 def follows(scheduler: Dict[str, Any], warmup: Dict[str, Any]) -> bool:
     """Whether a scheduler begins where the warm-up ends."""
-    return scheduler.get('begin', 0) == warmup['end'] and scheduler.get(
-        'by_epoch', True
-    ) == warmup.get('by_epoch', True)
+    same_unit = scheduler.get('by_epoch', True) == warmup.get('by_epoch', True)
+    return same_unit and bool(scheduler.get('begin', 0) == warmup['end'])
 
 
 def scaled(value: Any, batch: Batch) -> Any:

@@ -92,12 +92,10 @@ def find_dataset(cfg: Config, rule: Optional[str]) -> str:
     for part, dataset in known.items():
         if part.lower() in name.lower():
             return dataset
-    return str(
-        refuse(
-            f'train_dataloader.dataset.type={name!r}: the paper has no '
-            'learning-rate rule for it: choose whose to follow with --rule '
-            f'{" or ".join(known)}'
-        )
+    refuse(
+        f'train_dataloader.dataset.type={name!r}: the paper has no '
+        'learning-rate rule for it: choose whose to follow with --rule '
+        f'{" or ".join(known)}'
     )
 
 

@@ -8,14 +8,14 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.logging import MMLogger
+from mmengine.model import BaseModel
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
-from torch import nn
 
 DETECTOR = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 
 
-def build_model(config: str, **changes: Any) -> Tuple[nn.Module, Config]:
+def build_model(config: str, **changes: Any) -> Tuple[BaseModel, Config]:
     """A model as its config has it, without pretrained weights.
 
     Args:
@@ -44,7 +44,7 @@ def _drop_pretrained(cfg: Any) -> None:
             _drop_pretrained(value)
 
 
-def build_detector(proposals: int) -> nn.Module:
+def build_detector(proposals: int) -> BaseModel:
     """Faster R-CNN R50-FPN whose heads look at ``proposals`` boxes each.
 
     Fewer than the config's 1000 and 512, to suit small images; the parameters

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from mmdet.testing import demo_mm_inputs
+from mmengine.model import BaseModel
 from mmengine.registry import OPTIMIZERS
 from torch import Tensor, nn
 
@@ -119,7 +120,7 @@ def time_steps(
     return found
 
 
-def time_passes(model: nn.Module, shape: List[int], repetitions: int) -> float:
+def time_passes(model: BaseModel, shape: List[int], repetitions: int) -> float:
     """Seconds of forward and backward of one image with three objects."""
     seconds = []
     for _ in range(1 + repetitions):

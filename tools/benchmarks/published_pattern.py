@@ -59,20 +59,22 @@ class PublishedPattern(OptimWrapper):
 
     def step(self, **kwargs: Any) -> None:
         """Reduce the gradients, then step."""
+        grads: List[Tensor] = []
         for param in self._params:
             if param.grad is None:  # every rank must join every collective
                 param.grad = torch.zeros_like(param)
+            grads.append(param.grad)
         if self._update % self.interval == 0:
-            self._measure()
-        for param in self._params:
-            dist.all_reduce(param.grad)
-            param.grad /= self._world_size
+            self._measure(grads)
+        for grad in grads:
+            dist.all_reduce(grad)
+            grad /= self._world_size
         super().step(**kwargs)
         self._update += 1
 
-    def _measure(self) -> None:
+    def _measure(self, grads: Sequence[Tensor]) -> None:
         """Compare the halves' gradients, while they are still local."""
-        sums = [param.grad.clone() for param in self._params]
+        sums = [grad.clone() for grad in grads]
         for grad in sums:
             dist.all_reduce(grad, group=self._half)
         cosines = sums[0].new_zeros(len(self.modules))

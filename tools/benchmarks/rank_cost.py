@@ -8,9 +8,8 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
-from mmengine.model import MMDistributedDataParallel
+from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
-from torch import nn
 
 from benchmarks.benchmark_models import build_detector, make_data
 from benchmarks.counters import CollectiveBytes, HostReads, Profile
@@ -42,7 +41,7 @@ class Variant:
     def __init__(
         self,
         name: str,
-        make_model: Callable[[], nn.Module],
+        make_model: Callable[[], BaseModel],
         accumulation: int,
         device: torch.device,
     ) -> None:
@@ -71,7 +70,7 @@ class Variant:
 
 
 def _build_wrapper(
-    name: str, model: nn.Module, accumulation: int
+    name: str, model: BaseModel, accumulation: int
 ) -> OptimWrapper:
     cfg = dict(
         type='OptimWrapper',

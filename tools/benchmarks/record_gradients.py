@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from mmdet.registry import DATASETS, MODELS
@@ -11,6 +11,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
+from mmengine.model import BaseModel
 from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs/quickstart/faster-rcnn_r18_fpn_2xb8-agvm-4e_digits.py'
 
 
-def build(config: Path, data: Path) -> tuple[nn.Module, Any]:
+def build(config: Path, data: Path) -> Tuple[BaseModel, Any]:
     """The model and its training data, drawn first if missing."""
     register_all_modules(init_default_scope=True)
     MMLogger.get_current_instance().setLevel('WARNING')
@@ -52,7 +53,7 @@ def batches(
         yield pseudo_collate([dataset[i] for i in order[start:][:images]])
 
 
-def loss_of(model: nn.Module, batch: Dict[str, Any]) -> Tensor:
+def loss_of(model: BaseModel, batch: Dict[str, Any]) -> Tensor:
     """As ``train_step`` of MMEngine computes it."""
     data = model.data_preprocessor(batch, training=True)
     loss: Tensor = model.parse_losses(model(**data, mode='loss'))[0]
@@ -60,7 +61,7 @@ def loss_of(model: nn.Module, batch: Dict[str, Any]) -> Tensor:
 
 
 def reach_weights(
-    model: nn.Module, dataset: Any, checkpoint: Path | None, updates: int
+    model: BaseModel, dataset: Any, checkpoint: Optional[Path], updates: int
 ) -> str:
     """Load a checkpoint or, if None, train by plain SGD for a while.
 
@@ -96,7 +97,7 @@ def reach_weights(
 
 
 def record(
-    model: nn.Module, dataset: Any, samples: int, images: int
+    model: BaseModel, dataset: Any, samples: int, images: int
 ) -> Dict[str, Tensor]:
     """Gradients of ``samples`` batches of ``images`` images, no image twice.
 

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional, Union
 
 import numpy as np
 import torch
@@ -183,7 +183,9 @@ def judge(results: Dict[str, Any]) -> List[Dict[str, Any]]:
     """Every claim with its limit, what was found, and whether it holds."""
     claims: List[Dict[str, Any]] = []
 
-    def claim(text: str, limit: str, found: str, holds: bool | str) -> None:
+    def claim(
+        text: str, limit: str, found: str, holds: Union[bool, str]
+    ) -> None:
         if isinstance(holds, bool):
             holds = 'yes' if holds else 'NO'
         claims.append(dict(claim=text, limit=limit, found=found, holds=holds))
@@ -427,7 +429,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def choose_device(wanted: str | None) -> str:
+def choose_device(wanted: Optional[str]) -> str:
     """CUDA if MMCV's operators run there too."""
     from mmcv.ops import get_compiling_cuda_version
 

@@ -23,7 +23,8 @@ class InMemoryDataset:
     @property
     def metainfo(self) -> Dict[str, Any]:
         """Of the data set that is read."""
-        return self.dataset.metainfo
+        metainfo: Dict[str, Any] = self.dataset.metainfo
+        return metainfo
 
     def full_init(self) -> None:
         """For MMEngine's loader."""

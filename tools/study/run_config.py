@@ -42,26 +42,29 @@ def variant(study: Mapping[str, Any], run: Run) -> Dict[str, Any]:
     """What the run's variant changes."""
     if not run.cell.variant:
         return {}
-    return study['variants'][run.cell.variant]
+    changes: Dict[str, Any] = study['variants'][run.cell.variant]
+    return changes
 
 
 def micro_batches(study: Mapping[str, Any], run: Run) -> int:
     """Forward passes of an update."""
-    return run.cell.batch_size // study['training']['micro_batch']
+    micro_batch: int = study['training']['micro_batch']
+    return run.cell.batch_size // micro_batch
 
 
 def epoch_iterations(study: Mapping[str, Any]) -> int:
     """Forward passes of an epoch, the same for every batch size."""
-    return study['data']['train']['images'] // study['training']['micro_batch']
+    images: int = study['data']['train']['images']
+    micro_batch: int = study['training']['micro_batch']
+    return images // micro_batch
 
 
 def interval(study: Mapping[str, Any], run: Run) -> int:
     """tau, such that a training has as many measurements as declared."""
     training = study['training']
-    updates = (training['epochs'] * epoch_iterations(study)) // micro_batches(
-        study, run
-    )
-    return max(1, updates // training['measurements'])
+    iterations: int = training['epochs'] * epoch_iterations(study)
+    measurements: int = training['measurements']
+    return max(1, iterations // micro_batches(study, run) // measurements)
 
 
 def set_data(cfg: Config, study: Mapping[str, Any], run: Run) -> None:

@@ -118,7 +118,7 @@ def run_all(
     """Do all runs; how many failed."""
     done = by_run(study, read_results(args.results))
     failed: Set[Run] = set()
-    running: Dict[Future, Run] = {}
+    running: Dict[Future[Result], Run] = {}
     with (
         Progress(
             TextColumn('runs'),

@@ -1,11 +1,12 @@
 """Figures of a study's results."""
 
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Mapping, Sequence, Set
 
+import matplotlib.pyplot as plt
 import numpy as np
 
-from mmagvm.analysis.figures import COLOURS, DASHES, MARKERS, PAGE, TEXT, plt
+from mmagvm.analysis.figures import COLOURS, DASHES, MARKERS, PAGE, TEXT
 from study.plan import Cell, Done, best_rate, is_tuned
 from study.study_results import (
     cells_of,
@@ -95,7 +96,7 @@ def draw_batch_sizes(study: Mapping[str, Any], done: Done, file: Path) -> None:
     """
     with plt.rc_context(TEXT):
         figure, axis = plt.subplots(figsize=(PAGE, 3.2))
-        ticks = set()
+        ticks: Set[float] = set()
         for index, (method, label) in enumerate(METHODS.items()):
             found: Dict[int, List[float]] = {}
             for cell in cells_of(study, done):
@@ -163,7 +164,8 @@ def draw_rates(study: Mapping[str, Any], done: Done, file: Path) -> None:
             for index, (method, label) in enumerate(COMPARED.items()):
                 by_rate: Dict[float, List[float]] = {}
                 for run, metric in found.items():
-                    if run.cell == Cell(SHOWN, method, size):
+                    own = run.cell == Cell(SHOWN, method, size)
+                    if own and run.lr is not None:
                         by_rate.setdefault(run.lr, []).append(metric)
                 rates = sorted(by_rate)
                 shown.update(rates)

@@ -212,8 +212,8 @@ def variance_table(study: Mapping[str, Any], done: Done, model: str) -> str:
             shown = f'{spread(aligned):.1f}'
             if not study['methods'][cell.method]['modulate']:
                 shown = f'{spread(phis):.1f} ({shown})'
-            clipped = [r.get('clipped') for r in results]
-            clipped = [share for share in clipped if share is not None]
+            shares = [r.get('clipped') for r in results]
+            clipped = [share for share in shares if share is not None]
             rows.append(
                 [
                     cell.method,

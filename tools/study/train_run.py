@@ -28,7 +28,9 @@ RESULTS = 'tools/study/results.jsonl'
 BINS = 32
 
 
-def train(study: Mapping[str, Any], run: Run, work_dir: Path) -> Dict:
+def train(
+    study: Mapping[str, Any], run: Run, work_dir: Path
+) -> Dict[str, Any]:
     """Train and evaluate a run.
 
     Returns:

@@ -1,9 +1,6 @@
 # Semantic FPN on ADE20K, of any batch size.
 _base_ = [
-    # with mmagvm imported, 'mmseg::' is found beside the onedl fork too,
-    # whoever's train.py reads this
-    __import__('mmagvm').__name__
-    and 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py',
+    'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py',
     '../../_base_/recipe.py',
 ]
 default_scope = 'mmseg'

@@ -15,6 +15,7 @@ from torch import Tensor
 from mmagvm.core.functional import pairs_noise, pairs_variance, squared_norms
 
 from .base import GradVariance, Measurement, slices_with_grad
+from .micro_batches import MicroBatchVariance
 from .ranks import RankVariance
 
 
@@ -99,51 +100,31 @@ class PairsRanks(Pairs, RankVariance):
         return local
 
 
-class PairsMicroBatches(Pairs):
+class PairsMicroBatches(Pairs, MicroBatchVariance):
     """Every micro-batch of one rank against every other.
 
     A micro-batch's gradient is what it adds to the accumulated one, of which
     a copy is kept meanwhile.
-
-    Args:
-        optimizer: As in the base class.
-        modules: As in the base class.
-        accumulative_counts: K, 2 or more.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        modules: Sequence[int],
-        accumulative_counts: int,
-    ) -> None:
-        super().__init__(optimizer, modules)
-        self.samples = accumulative_counts
-        self._accumulated: Dict[Tensor, Tensor] = {}
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.samples = self.micro_batches
         self._local: List[Tensor] = []
 
     def start(self, loss_scale: Optional[Tensor] = None) -> None:
         super().start(loss_scale)
-        self._accumulated, self._local = {}, []
+        self._local = []
 
-    def after_backward(self, micro_batch: int) -> None:
-        if not self.measuring:
-            return
+    def see_micro_batch(self, micro_batch: int) -> None:
         self._local.append(self.sum_by_module(self._new_squares))
-        self._accumulated.clear()  # before more is taken
+        self.forget_gradients()  # before more is taken
         if micro_batch < self.samples:
-            self._accumulated.update(
-                (param, grad.clone()) for param, grad in self.grads().items()
-            )
+            self.keep_gradients()
 
     def _new_squares(self, group: Dict[str, Any]) -> Iterator[Tensor]:
-        before = self._accumulated
         for params, grads in slices_with_grad(group):
-            old = [
-                before[p] if p in before else torch.zeros_like(p)
-                for p in params
-            ]
-            new = list(torch._foreach_sub(grads, old))
+            new = list(torch._foreach_sub(grads, self.kept(params)))
             yield self.squares(group, params, new).sum()
 
     def local_squares(self) -> Tensor:

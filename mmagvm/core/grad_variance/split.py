@@ -14,6 +14,7 @@ from torch import Tensor
 from mmagvm.core.functional import half_batch_norms, split_variance
 
 from .base import GradVariance, Measurement, slices, slices_with_grad
+from .micro_batches import MicroBatchVariance
 from .ranks import RankVariance
 
 
@@ -109,43 +110,22 @@ def _chunks_like(
     return chunks, views
 
 
-class SplitMicroBatches(Split):
+class SplitMicroBatches(Split, MicroBatchVariance):
     """The first half of one rank's micro-batches against the rest.
 
     Of K accumulated micro-batches the first floor(K / 2) are one half: a copy
     of the accumulated gradient is taken after them.
-
-    Args:
-        optimizer: As in the base class.
-        modules: As in the base class.
-        accumulative_counts: K, 2 or more.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        modules: Sequence[int],
-        accumulative_counts: int,
-    ) -> None:
-        super().__init__(optimizer, modules)
-        self.first_half = accumulative_counts // 2
-        self._snapshot: Dict[Tensor, Tensor] = {}
-
-    def after_backward(self, micro_batch: int) -> None:
-        if self.measuring and micro_batch == self.first_half:
-            self._snapshot = {
-                param: grad.clone() for param, grad in self.grads().items()
-            }
+    def see_micro_batch(self, micro_batch: int) -> None:
+        if micro_batch == self.micro_batches // 2:
+            self.keep_gradients()
 
     def signed(self) -> Dict[Tensor, Tensor]:
         # D = G1 - G2 = 2 * G1 - S; a gradient that only came later is all G2
-        snapshot, self._snapshot = self._snapshot, {}
         grads = self.grads()
-        totals = list(grads.values())
-        firsts = [
-            snapshot[param] if param in snapshot else torch.zeros_like(total)
-            for param, total in grads.items()
-        ]
+        firsts = self.kept(list(grads))
+        self.forget_gradients()
         torch._foreach_mul_(firsts, 2)
-        torch._foreach_sub_(firsts, totals)
+        torch._foreach_sub_(firsts, list(grads.values()))
         return dict(zip(grads, firsts))
