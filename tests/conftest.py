@@ -14,6 +14,21 @@ warnings.filterwarnings('ignore')
 # threads cost more than toys gain from them, above all on a busy machine
 torch.set_num_threads(1)
 
+#: Files whose tests start many processes or train real models, longest first.
+SLOW = (
+    *('tools', 'study', 'faults', 'recipes_train', 'ranks', 'benchmarks'),
+    *('example', 'slurm', 'nodes', 'packaging', 'models', 'configs'),
+)
+
+
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    """Mark slow files, and begin with them, or one would end alone."""
+    order = {f'test_{name}': place for place, name in enumerate(SLOW)}
+    for item in items:
+        if item.path.stem in order:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @pytest.fixture
 def log() -> List[str]:

@@ -183,7 +183,8 @@ class Oracle:
 def mean(vectors: List[Vectors]) -> Vectors:
     """The mean of gradients; one that a vector lacks is zero there."""
     names = dict.fromkeys(name for vector in vectors for name in vector)
+    zero = torch.zeros(())
     return {
-        name: sum(v[name] for v in vectors if name in v) / len(vectors)
+        name: sum((v[name] for v in vectors if name in v), zero) / len(vectors)
         for name in names
     }

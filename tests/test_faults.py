@@ -18,9 +18,10 @@ from commands import (
 )
 from mmengine.config import Config
 
-from mmagvm.launch import resume  # noqa: E402
-from mmagvm.launch.rendezvous import timeout_seconds  # noqa: E402
-from mmagvm.launch.resume import choose, damage  # noqa: E402
+from mmagvm.errors import UsageError
+from mmagvm.launch import resume
+from mmagvm.launch.rendezvous import timeout_seconds
+from mmagvm.launch.resume import choose, damage
 
 
 def train(config, *args, ranks=2, **env):
@@ -319,10 +320,11 @@ def test_nothing_of_the_group_is_left(tmp_path):
     script.write_text("""
 import pathlib
 
-from mmagvm.launch import runner
 import torch
 from mmengine.config import Config
 from torch.nn.parallel import DistributedDataParallel
+
+from mmagvm.launch.runner import join_ranks, leave_ranks
 
 
 class Runner:
@@ -336,12 +338,12 @@ def threads():
     return sum('gloo' in name.read_text() for name in names)
 
 
-runner.join_ranks(Config(dict(launcher='pytorch')))
+join_ranks(Config(dict(launcher='pytorch')))
 runner = Runner()
 runner.model(torch.ones(2)).sum().backward()
 before = threads()
 del runner
-runner.leave_ranks()
+leave_ranks()
 print('gloo threads:', before > 0, threads())
 """)
     output = run(
@@ -354,5 +356,5 @@ print('gloo threads:', before > 0, threads())
 @pytest.mark.parametrize('timeout', ['soon', '0', '-1', '1.5'])
 def test_bad_timeout_is_refused(timeout, monkeypatch):
     monkeypatch.setenv('TIMEOUT', timeout)
-    with pytest.raises(SystemExit, match=f'TIMEOUT={timeout}: the seconds'):
+    with pytest.raises(UsageError, match=f'TIMEOUT={timeout}: the seconds'):
         timeout_seconds()

@@ -13,6 +13,7 @@ from commands import load_command
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from mmagvm.errors import UsageError
 from mmagvm.planning import (
     iteration_profile,
     large_batch,
@@ -159,9 +160,9 @@ def test_impossible_calibration_is_refused(adamw):
             'pairs',
         )
 
-    with pytest.raises(SystemExit, match='ms of computing'):
+    with pytest.raises(UsageError, match='ms of computing'):
         calibrate((16, 1), (768, 1e5))
-    with pytest.raises(SystemExit, match='give different ones'):
+    with pytest.raises(UsageError, match='give different ones'):
         calibrate((16, 100), (16, 200))
 
 
@@ -209,7 +210,7 @@ def test_images_of_many_scales_and_nested_pipelines():
     assert iteration_profile.image_size(cfg) == (800, 1333)
     inner['pipeline'] = []
     cfg.train_dataloader.dataset.dataset = inner
-    with pytest.raises(SystemExit, match='--image-size'):
+    with pytest.raises(UsageError, match='--image-size'):
         iteration_profile.image_size(cfg)
 
 
@@ -309,7 +310,7 @@ def test_unknown_data_set_needs_a_rule():
     cfg = Config(
         dict(train_dataloader=dict(dataset=dict(type='CityscapesDataset')))
     )
-    with pytest.raises(SystemExit, match="'CityscapesDataset'.*--rule COCO"):
+    with pytest.raises(UsageError, match="'CityscapesDataset'.*--rule COCO"):
         run_plan.find_dataset(cfg, None)
     assert run_plan.find_dataset(cfg, 'ADE20K') == 'ADE20KDataset'
     cfg.train_dataloader.dataset.type = 'CocoPanopticDataset'

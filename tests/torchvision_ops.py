@@ -1,21 +1,29 @@
 """Imports torchvision beside a torch that its compiled operators do not fit.
 
 PyPI's torchvision is built for PyPI's torch, with CUDA. Beside torch for CPUs
-its library does not load, and ``import torchvision`` fails.
+its library cannot be loaded, and importing it fails.
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-#: Where setup_env.sh puts torchvision: MMEngine, which tries to import it in
-#: every run, does not survive one that fails.
+#: Where setup_env.sh puts it: MMEngine imports torchvision when a run starts,
+#: if it finds one, and does not survive that import's failure.
 FOLDER = Path(sys.prefix) / 'torchvision'
 
 
+def has_torchvision() -> bool:
+    """Whether it is installed, here or for itself."""
+    return FOLDER.is_dir() or find_spec('torchvision') is not None
+
+
 def import_torchvision() -> None:
-    """Import it, with ``nms`` and ``roi_align`` in Python if they must be."""
+    """Import it, with operators of this file where its own do not load."""
     sys.path.append(str(FOLDER))
     try:
         import torchvision
@@ -24,26 +32,23 @@ def import_torchvision() -> None:
             raise
     else:
         return
-    for name in [n for n in sys.modules if n.startswith('torchvision')]:
+    for name in [n for n in sys.modules if f'{n}.'.startswith('torchvision.')]:
         del sys.modules[name]
-    arguments = 'Tensor dets, Tensor scores, float iou_threshold'
-    torch.library.define('torchvision::nms', f'({arguments}) -> Tensor')
+    signature = '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor'
+    torch.library.define('torchvision::nms', signature)
     torch.library.impl('torchvision::nms', 'CPU', nms)
-    # its import describes this one, which nothing here calls
-    torch.library.define('torchvision::qnms', f'({arguments}) -> Tensor')
+    # described in its import, called by nothing here
+    torch.library.define('torchvision::qnms', signature)
     import torchvision.extension
 
-    # Without operators torchvision takes a roi_align of its own in Python. It
-    # compiles that one, which takes longer than these tests: undone here.
-    module = sys.modules['torchvision.ops.roi_align']
-    module._roi_align = module._roi_align.__wrapped__
-    # nms asks whether there are operators; now there is the one it needs
+    # Without operators torchvision takes a roi_align in Python and compiles
+    # it, which takes longer than a test.
+    sys.modules['torchvision.ops.roi_align']._roi_align = roi_align
+    # nms asks for operators first: there is the one that it calls.
     torchvision.extension._has_ops = lambda: True
 
 
-def nms(
-    boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float
-) -> torch.Tensor:
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Indices of the boxes that no better one covers, best first."""
     from torchvision.ops import box_iou
 
@@ -54,3 +59,40 @@ def nms(
         if kept[index]:
             kept[index + 1 :] &= ~covers[index, index + 1 :]
     return order[kept]
+
+
+def roi_align(
+    features: Tensor,
+    rois: Tensor,
+    spatial_scale: float,
+    height: int,
+    width: int,
+    samples: int,
+    aligned: bool,
+) -> Tensor:
+    """Means of samples x samples points in each bin of each box.
+
+    Boxes lie within their images and are sorted by them.
+    """
+    assert samples > 0 and not aligned
+    start, end = (rois[:, 1:] * spatial_scale).split(2, dim=1)  # (x, y)
+    size = (end - start).clamp(min=1)
+    pooled = [features.new_zeros(0, features.shape[1], height, width)]
+    for image in rois[:, 0].int().unique().tolist():
+        mine = rois[:, 0] == image
+        axes = []  # from -1, the first pixel, to 1, the last one
+        for axis, bins in enumerate((width, height)):
+            steps = (torch.arange(bins * samples) + 0.5) / (bins * samples)
+            pixels = start[mine, axis, None] + size[mine, axis, None] * steps
+            axes.append(pixels * 2 / (features.shape[3 - axis] - 1) - 1)
+        x, y = torch.broadcast_tensors(axes[0][:, None], axes[1][:, :, None])
+        # all boxes below one another
+        points = functional.grid_sample(
+            features[image, None],
+            torch.stack([x, y], dim=-1).flatten(0, 1)[None],
+            padding_mode='border',
+            align_corners=True,
+        )
+        means = functional.avg_pool2d(points, samples)[0]
+        pooled.append(means.unflatten(1, (-1, height)).transpose(0, 1))
+    return torch.cat(pooled)

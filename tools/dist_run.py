@@ -14,6 +14,7 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
+from mmagvm.errors import command
 from mmagvm.launch.rendezvous import deadline, timeout_seconds, what_to_check
 
 
@@ -38,6 +39,7 @@ def bound_rendezvous(seconds: int) -> None:
     SimpleElasticAgent._rendezvous = bounded  # type: ignore[method-assign]
 
 
+@command
 def main() -> None:
     bound_rendezvous(timeout_seconds())
     try:

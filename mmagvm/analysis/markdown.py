@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Dict, Sequence
 
+from mmagvm.markdown import filled
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns also line up in a terminal."""
@@ -41,11 +43,6 @@ def fill(path: Path, name: str, text: str) -> None:
 
     A file that has them not, or does not exist, gets them at its end.
     """
-    begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
-    old = path.read_text() if path.exists() else ''
-    if begin not in old:
-        old += f'{begin}\n{end}\n'
-    before, rest = old.split(begin, 1)
-    after = rest.split(end, 1)[1]
+    page = path.read_text() if path.exists() else ''
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{before}{begin}\n{text.strip()}\n{end}{after}')
+    path.write_text(filled(page, name, text))

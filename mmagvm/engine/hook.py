@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from mmagvm.engine import host
 from mmagvm.engine.lr_schedule import (
     fit_schedulers,
-    scale_base_lr,
     warmup_updates,
 )
 from mmagvm.engine.optim_wrapper import AGVMOptimWrapper
@@ -82,7 +81,6 @@ class AGVMHook(Hook):
                 f'run has {batch}; lr_scale goes on from where it was'
             )
         agvm.set_batch(batch)
-        scale_base_lr(wrapper)
         fit_schedulers(wrapper, runner.param_schedulers or [])
         self._attempts = agvm.attempts
         chart_modules_together(runner.visualizer, agvm.quantities())

@@ -29,31 +29,6 @@ def fit_schedulers(
             scheduler.min_values = limits[-1:] * count
 
 
-def scale_base_lr(wrapper: AGVMOptimWrapper) -> None:
-    """Scale ``base_lr`` as ``auto_scale_lr`` has scaled every other rate.
-
-    MMEngine leaves out the entry without parameters that it logs it from.
-    """
-    base = wrapper.base_param_settings
-    if base is None:
-        return
-    key = 'initial_lr' if 'initial_lr' in base else 'lr'
-    ratio = next(
-        (
-            float(group[key]) / lr
-            for group, lr in zip(
-                wrapper.optimizer.param_groups, wrapper.built_lr
-            )
-            if lr
-        ),
-        1.0,
-    )
-    if base[key] == wrapper.optimizer.defaults['lr']:
-        # else resumed, or given by the schedule
-        for name in {'lr', key}:
-            base[name] *= ratio
-
-
 def warmup_updates(
     schedulers: Sequence[_ParamScheduler],
     epoch_length: int,

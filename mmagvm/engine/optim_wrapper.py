@@ -35,8 +35,6 @@ class AGVMOptimWrapper(OptimWrapper):
 
     Attributes:
         agvm (AGVM): What measures and modulates.
-        built_lr (list): Learning rate of each group as it was built, before
-            any schedule.
     """
 
     def __init__(
@@ -58,7 +56,8 @@ class AGVMOptimWrapper(OptimWrapper):
         self.agvm = AGVM(
             optimizer, settings=settings, accumulation=accumulative_counts
         )
-        self.built_lr = [float(g['lr']) for g in optimizer.param_groups]
+        # before any schedule
+        self._built_lr = [float(g['lr']) for g in optimizer.param_groups]
         #: Names of all parameters in the order of the model, frozen ones too;
         #: set by the constructor, to read a plain optimizer's checkpoint.
         self.parameter_names: List[str] = []
@@ -91,7 +90,32 @@ class AGVMOptimWrapper(OptimWrapper):
         if self.agvm.update == 0:  # from a checkpoint without AGVM state
             self.agvm.update = init_counts // self.accumulative_counts
         self.agvm.attach(model)
+        self._scale_base_lr()
         self._needs_hook = True  # a Runner trains
+
+    def _scale_base_lr(self) -> None:
+        """Scale ``base_lr`` as ``auto_scale_lr`` has scaled every other rate.
+
+        MMEngine leaves out the entry without parameters that it logs it from.
+        """
+        base = self.base_param_settings
+        if base is None:
+            return
+        key = 'initial_lr' if 'initial_lr' in base else 'lr'
+        ratio = next(
+            (
+                float(group[key]) / lr
+                for group, lr in zip(
+                    self.optimizer.param_groups, self._built_lr
+                )
+                if lr
+            ),
+            1.0,
+        )
+        if base[key] == self.optimizer.defaults['lr']:
+            # else resumed, or given by the schedule
+            for name in {'lr', key}:
+                base[name] *= ratio
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:

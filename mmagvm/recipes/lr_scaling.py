@@ -1,6 +1,6 @@
 """Learning rates, lengths and intervals of the papers' recipes, once.
 
-The configs state them again, as configs must; the tests compare.
+``tools/misc/write_configs.py`` writes the configs from them.
 """
 
 import math
@@ -83,10 +83,10 @@ MEASURING_DELAY = 100
 #: Iterations around the end of warm-up in which the official code clips.
 CLIP_MARGIN = 100
 
-Number = TypeVar('Number', int, float, None)
+Value = TypeVar('Value')
 
 
-def at(table: Mapping[int, Number], batch_size: int) -> Number:
+def at(table: Mapping[int, Value], batch_size: int) -> Value:
     """What a table by batch size says from its entry at or below one."""
     return table[max(size for size in table if size <= batch_size)]
 
@@ -212,13 +212,19 @@ RECIPES: Dict[str, Recipe] = {
     'faster_rcnn/swin': _SWIN,
     # the official code takes A.5.1's best rate of batch 512
     'faster_rcnn/align': replace(
-        _FASTER_RCNN, printed={**_FASTER_RCNN.printed, 512: 0.38}
+        _FASTER_RCNN,
+        printed={**_FASTER_RCNN.printed, 512: 0.38},
+        clip_norm={1: 1.0},
     ),
     'mask_rcnn': _MASK_RCNN,
     # schedule not in the paper: as SGD's
     'mask_rcnn/lars': _MASK_RCNN,
-    'mask_rcnn/align': replace(_MASK_RCNN, epochs=16, decay_epochs=(12, 14)),
+    'mask_rcnn/align': replace(
+        _MASK_RCNN, epochs=16, decay_epochs=(12, 14), clip_norm={1: 1.0}
+    ),
     'retinanet': _RETINANET,
+    # not in the paper: as R50's
+    'retinanet/r18': _RETINANET,
     'panoptic_fpn': _MASK_RCNN,
     # A.5.1, table 2
     'sem_fpn': Recipe(

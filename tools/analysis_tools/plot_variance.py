@@ -19,6 +19,7 @@ from mmagvm.analysis.figures import (
     smoothing_width,
 )
 from mmagvm.analysis.run_log import load_runs, require_agvm
+from mmagvm.errors import command
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,6 +45,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@command
 def main() -> None:
     args = parse_args()
     runs = load_runs(args.work_dir)

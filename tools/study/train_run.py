@@ -17,6 +17,7 @@ from mmengine.runner import Runner
 
 from mmagvm.analysis.run_log import QUANTITIES, Series, load_run
 from mmagvm.analysis.run_summary import measurements, update_time
+from mmagvm.errors import command
 from mmagvm.version import full_version
 from study.plan import Run, fingerprint
 from study.run_config import epoch_iterations, make_config
@@ -142,6 +143,7 @@ def binned(series: Series, planned: int) -> List[Any]:
     return means
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('study', help='declaration of the study')

@@ -1,0 +1,14 @@
+"""Pages in Markdown of which a command writes a part."""
+
+
+def filled(page: str, name: str, text: str) -> str:
+    """A page with ``text`` between its two comments that carry ``name``.
+
+    A page that has them not gets them at its end.
+    """
+    begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
+    if begin not in page:
+        page += f'{begin}\n{end}\n'
+    before, rest = page.split(begin, 1)
+    after = rest.split(end, 1)[1]
+    return f'{before}{begin}\n{text.strip()}\n{end}{after}'

@@ -1,0 +1,173 @@
+"""All config files that follow from the recipes."""
+
+from typing import Callable, Iterator, Sequence
+
+from mmagvm.recipes.reported import MEGDET
+from mmagvm.recipes.writing import templates
+from mmagvm.recipes.writing.config_file import ConfigFile
+
+#: Batch sizes of the paper's tables.
+COCO = (32, 256, 512, 1024)
+ADE20K = (32, 512, 1024, 2048)
+#: Of the reading note on R50 with AdamW and LAMB.
+NOTE = (*COCO, 1536)
+#: Of the official code, which has AGVM from the second on.
+OFFICIAL = (32, 256, 512)
+#: Of RetinaNet R18, up to the batch of 10k.
+HUGE = (4096, 10240)
+#: Of the ablations.
+ENDS = (32, 512)
+
+FASTER = 'faster-rcnn_r50_fpn'
+MASK = 'mask-rcnn_r50_fpn'
+R18 = 'retinanet_r18_fpn'
+TABLE = ': appendix A.5, table {}'
+
+Write = Callable[[ConfigFile], str]
+
+
+def _each(
+    sizes: Sequence[int],
+    recipe: str,
+    model: str,
+    tag: str,
+    write: Write,
+    note: str = '',
+    folder: str = '',
+) -> Iterator[ConfigFile]:
+    """A config for each batch size, by default in the recipe's folder."""
+    folder = folder or recipe.partition('/')[0]
+    for size in sizes:
+        yield ConfigFile(folder, recipe, model, tag, size, write, note)
+
+
+def _pair(
+    sizes: Sequence[int],
+    recipe: str,
+    model: str,
+    note: str,
+    tag: str = '',
+    write: Write = templates.plain,
+) -> Iterator[ConfigFile]:
+    """The same without and with AGVM."""
+    yield from _each(sizes, recipe, model, tag, write, note)
+    agvm = f'agvm-{tag}' if tag else 'agvm'
+    yield from _each(sizes, recipe, model, agvm, templates.agvm)
+
+
+def _paper() -> Iterator[ConfigFile]:
+    """Configs of the paper's tables and plots."""
+    table = TABLE.format
+    yield from _pair(COCO, 'faster_rcnn', FASTER, table(1))
+    swin = 'faster-rcnn_swin-t_fpn'
+    yield from _pair(COCO, 'faster_rcnn/swin', swin, table(3), 'adamw')
+    note = ": all but the epochs as Swin-T's, not in the paper"
+    yield from _pair(NOTE, 'faster_rcnn/adamw', FASTER, note, 'adamw')
+    yield from _pair(COCO, 'mask_rcnn', MASK, table(1))
+    yield from _pair(COCO, 'panoptic_fpn', 'panoptic-fpn_r50_fpn', table(1))
+    poly = templates.poly
+    yield from _pair(ADE20K, 'sem_fpn', 'fpn_r50', table(2), write=poly)
+    note = ": mmdet's base rate, grown by the paper's rule"
+    yield from _pair(COCO, 'retinanet', 'retinanet_r50_fpn', note)
+    r18, note = 'retinanet/r18', ': not in the paper'
+    yield from _pair((32,), r18, R18, note)
+    yield from _each(HUGE, r18, R18, '', templates.plain, note)
+    note = '; the ratio is held in the range of appendix A.6'
+    yield from _each(HUGE, r18, R18, 'agvm', templates.agvm_extreme, note)
+
+
+def _optimizers() -> Iterator[ConfigFile]:
+    """Configs with optimizers of other sources, on those above."""
+    lamb, soap = 'faster_rcnn/lamb', 'faster_rcnn/soap'
+    yield from _each(NOTE, lamb, FASTER, 'lamb', templates.lamb)
+    yield from _each(NOTE, lamb, FASTER, 'pmd-lamb', templates.pmd_lamb)
+    yield from _each(COCO, 'mask_rcnn/lars', MASK, 'lars', templates.lars)
+    yield from _each(COCO[1:], soap, FASTER, 'soap', templates.soap)
+    note = " and SOAP: this project's own"
+    yield from _each(COCO[1:], soap, FASTER, 'agvm-soap', templates.agvm, note)
+
+
+def _official_code() -> Iterator[ConfigFile]:
+    """Configs of the official code's own models."""
+    source = ' as in the official code'
+    for recipe, model, note_512 in (
+        (
+            'faster_rcnn/align',
+            'faster-rcnn-align_r50_fpn',
+            ', best rate of A.5',
+        ),
+        ('mask_rcnn/align', 'mask-rcnn-align_r50_fpn', ''),
+    ):
+        for size in OFFICIAL:
+            note = source + (note_512 if size == 512 else '')
+            yield from _each((size,), recipe, model, '', templates.align, note)
+        yield from _each(
+            OFFICIAL[1:],
+            recipe,
+            model,
+            'agvm',
+            templates.agvm_align,
+            f',{source}',
+        )
+
+
+def _megdet() -> Iterator[ConfigFile]:
+    """Configs of MegDet's table."""
+    for recipe, rows in MEGDET.items():
+        for row in rows:
+            note = ", batch norm fixed: the paper's baseline"
+            if row.bn_size:
+                note = f', BN size {row.bn_size}'
+            yield ConfigFile(
+                'megdet',
+                recipe,
+                FASTER,
+                f'cgbn{row.bn_size}' if row.bn_size else '',
+                row.batch_size,
+                templates.megdet,
+                note,
+                images=row.batch_size // row.gpus,
+                bn_size=row.bn_size,
+            )
+
+
+def _ablations() -> Iterator[ConfigFile]:
+    """Configs that are measured, each step on the one before."""
+    for recipe, model, steps in (
+        (
+            'faster_rcnn',
+            'faster-rcnn_r50',
+            {
+                '10rois-measure': templates.few_proposals,
+                '10rois-fixed-head-measure': templates.fixed_head,
+            },
+        ),
+        (
+            'retinanet',
+            'retinanet_r50',
+            {'fixed-head-measure': templates.fixed_head},
+        ),
+    ):
+        for name, tag, write in (
+            (f'{model}_fpn', 'measure', templates.measured),
+            (model, 'measure', templates.without_fpn),
+            *((model, tag, write) for tag, write in steps.items()),
+        ):
+            yield from _each(
+                ENDS, recipe, name, tag, write, folder='ablations'
+            )
+
+
+#: By path, as they are listed everywhere.
+CONFIGS = tuple(
+    sorted(
+        (
+            *_paper(),
+            *_optimizers(),
+            *_official_code(),
+            *_megdet(),
+            *_ablations(),
+        ),
+        key=lambda config: config.path,
+    )
+)

@@ -1,0 +1,310 @@
+"""AGVM without MMEngine: importing it, and a loop of plain PyTorch."""
+
+import dataclasses
+import io
+import re
+from unittest import mock
+
+import pytest
+import torch
+from commands import ROOT, assert_equal, run
+from mmengine.optim import build_optim_wrapper
+from oracle import Oracle
+from ranks import run_ranks
+from torch.nn.parallel import DistributedDataParallel
+from toy import MODULES, make_batch, make_model, train, wrapper_cfg
+
+from mmagvm.core import AGVM, Settings, find_modules, module_groups
+
+MEASURED = dict(interval=2, ema_decay=0.5)
+ALONE = """
+import sys
+for name in ('mmengine', 'mmcv', 'mmdet', 'mmseg'):
+    sys.modules[name] = None  # importing it is an ImportError
+import torch
+before = {name.partition('.')[0] for name in sys.modules}
+import mmagvm.core
+after = {name.partition('.')[0] for name in sys.modules}
+print('imported', *after - before - sys.stdlib_module_names)
+try:
+    mmagvm.AGVMHook
+except ImportError as error:
+    print(error)
+print(hasattr(mmagvm, 'nonsense'), mmagvm.__version__)
+"""
+
+
+class Loop:
+    """The loop that a user writes, on the toy's stream of batches."""
+
+    def __init__(
+        self, optimizer='SGD', accumulation=2, model=None, scale=None, **kwargs
+    ):
+        options = dict(wrapper_cfg(optimizer)['optimizer'])
+        self.model = make_model() if model is None else model
+        bare = getattr(self.model, 'module', self.model)
+        self.optimizer = getattr(torch.optim, options.pop('type'))(
+            module_groups(bare), **options
+        )
+        self.accumulation = accumulation
+        self.max_norm = kwargs.pop('max_norm', None)
+        self.agvm = AGVM(
+            self.optimizer,
+            self.model,
+            Settings(**{**MEASURED, **kwargs}),
+            accumulation,
+        )
+        self.scaler = torch.amp.GradScaler(
+            'cpu', init_scale=scale or 1.0, enabled=scale is not None
+        )
+
+    def train(self, updates, start=0, rank=0, factor=1.0):
+        for update in range(start, updates):
+            for micro_batch in range(self.accumulation):
+                with self.agvm.micro_batch(self.scaler):
+                    loss = self.model(make_batch(update, rank, micro_batch))
+                    loss = loss * factor / self.accumulation
+                    self.scaler.scale(loss).backward()
+                done = self.agvm.step(self.scaler, max_norm=self.max_norm)
+                assert done == (micro_batch == self.accumulation - 1)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+
+    def lrs(self):
+        return [group['lr'] for group in self.optimizer.param_groups]
+
+    def state(self):
+        return dict(
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            agvm=self.agvm.state_dict(),
+            scaler=self.scaler.state_dict(),
+        )
+
+    def load(self, state):
+        self.model.load_state_dict(state['model'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.agvm.load_state_dict(state['agvm'])
+        self.scaler.load_state_dict(state['scaler'])
+
+
+def test_needs_nothing_but_torch():
+    imported, error, rest = run('python', '-c', ALONE).splitlines()
+    assert imported == 'imported mmagvm'
+    assert 'mmagvm.AGVMHook needs MMEngine' in error
+    assert "'mmagvm[openmmlab]'" in error and "'mmagvm[onedl]'" in error
+    assert rest.startswith('False ')
+
+
+# -- settings
+
+
+@pytest.mark.parametrize(
+    'wrong, message',
+    [
+        (dict(interval=0), 'interval=0 .*write 1 or more'),
+        (dict(ema_decay=1), 'ema_decay=1 .*from 0 to below 1'),
+        (dict(begin=5, end=5), 'end=5 .*after begin=5'),
+        (dict(estimator='guess'), "estimator='guess' .*'split' or 'pairs'"),
+        (dict(ratio_range=(2, 3)), 'ratio_range=.*around 1'),
+        (dict(modulate=1), 'modulate=1 .*True or False'),
+    ],
+)
+def test_wrong_setting_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**wrong)
+
+
+def test_settings_cannot_be_misspelt_or_changed():
+    with pytest.raises(TypeError, match='intervall'):
+        Settings(intervall=5)
+    settings = Settings()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.interval = 0
+    assert dataclasses.replace(settings, interval=5).interval == 5
+    with pytest.raises(ValueError, match='interval=0'):
+        dataclasses.replace(settings, interval=0)
+
+
+# -- what cannot work is refused at once
+
+
+def test_groups_of_another_kind_are_refused():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r'module_groups\(model\)'):
+        AGVM(optimizer, model, accumulation=2)
+
+
+def test_a_single_sample_is_refused():
+    with pytest.raises(ValueError, match='only one part'):
+        Loop(accumulation=1)
+
+
+def test_modules_are_found_and_may_be_named():
+    model = make_model()
+    assert [*find_modules(model), 'others'] == list(MODULES)
+    groups = module_groups(model, ['roi_head', 'backbone.2', 'backbone'])
+    assert [(g['module'], len(g['params'])) for g in groups] == [
+        ('roi_head', 4),
+        ('backbone.2', 2),
+        ('backbone', 2),
+        ('others', 5),
+    ]
+    with pytest.raises(ValueError, match=r"\['head'\] have no trainable"):
+        module_groups(model, ['backbone', 'head'])
+
+
+# -- training
+
+
+def check_against_oracle(loop, ranks=1, updates=6, **kwargs):
+    """The multipliers and weights that brute force comes to."""
+    settings = dict(MEASURED, estimator=loop.agvm.settings.estimator)
+    bare = getattr(loop.model, 'module', loop.model)
+    oracle = Oracle(
+        make_model(),
+        make_batch,
+        ranks,
+        loop.accumulation,
+        **settings,
+        **kwargs,
+    )
+    for _ in range(updates):
+        oracle.update()
+    assert loop.agvm.update == updates
+    assert loop.agvm.modulator.lr_scale == pytest.approx(oracle.mu, rel=1e-6)
+    assert max(abs(mu - 1) for mu in oracle.mu.values()) > 0.05
+    for name, weight in oracle.model.state_dict().items():
+        torch.testing.assert_close(
+            bare.state_dict()[name], weight, rtol=1e-6, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+@pytest.mark.parametrize('accumulation, scale', [(2, None), (3, 2.0**14)])
+def test_plain_loop_equals_the_oracle(
+    optimizer, estimator, accumulation, scale
+):
+    loop = Loop(optimizer, accumulation, scale=scale, estimator=estimator)
+    before = loop.lrs()
+    loop.train(6)
+    assert loop.lrs() == before
+    check_against_oracle(loop, optimizer=optimizer)
+
+
+def train_ranks(rank, world_size):
+    run_documented_lines(rank)
+    for optimizer in ('SGD', 'AdamW'):
+        for estimator in ('split', 'pairs'):
+            model = DistributedDataParallel(make_model(), bucket_cap_mb=2e-4)
+            loop = Loop(optimizer, model=model, estimator=estimator)
+            loop.train(6, rank=rank)
+            check_against_oracle(loop, world_size, optimizer=optimizer)
+
+
+def run_documented_lines(rank):
+    """The loop of docs/pytorch.md, as it is once the lines are changed."""
+    text = (ROOT / 'docs/pytorch.md').read_text()
+    diff = re.search(r'```diff\n(.*?)```', text, re.S)[1].splitlines(True)
+    names = dict(
+        model=make_model(),
+        SGD=torch.optim.SGD,
+        DistributedDataParallel=DistributedDataParallel,
+        loader=[make_batch(update, rank, 0) for update in range(3)],
+        scheduler=mock.Mock(),
+    )
+    exec(''.join(line[1:] for line in diff if line[0] != '-'), names)
+    assert names['agvm'].update == names['scheduler'].step.call_count == 3
+
+
+def test_plain_loop_on_two_ranks_equals_the_oracle():
+    run_ranks(2, train_ranks)
+
+
+@pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+@pytest.mark.parametrize('scale', [None, 2.0**14])
+def test_clipping_is_that_of_the_wrapper(optimizer, estimator, scale):
+    """A loss scale of a power of two changes no digit of it, either."""
+    loop = Loop(optimizer, max_norm=0.05, scale=scale, estimator=estimator)
+    loop.train(6)
+    model = make_model()
+    cfg = wrapper_cfg(
+        optimizer,
+        accumulative_counts=2,
+        estimator=estimator,
+        clip_grad=dict(max_norm=0.05),
+        **MEASURED,
+    )
+    wrapper = build_optim_wrapper(model, cfg)
+    train(model, wrapper, 6, accumulation=2)
+    assert loop.agvm.state_dict() == wrapper.agvm.state_dict()
+    assert_equal(loop.model.state_dict(), model.state_dict())
+    unclipped = Loop(optimizer, estimator=estimator)
+    unclipped.train(6)
+    assert not torch.equal(loop.model.neck.bias, unclipped.model.neck.bias)
+
+
+@pytest.mark.parametrize('max_norm', [None, 0.05])
+def test_update_that_the_scaler_skips_does_not_count(max_norm):
+    loop = Loop(scale=2.0**14, max_norm=max_norm)
+    loop.train(2)
+    weights = {k: v.clone() for k, v in loop.model.state_dict().items()}
+    mu, lrs = dict(loop.agvm.modulator.lr_scale), loop.lrs()
+    loop.train(3, start=2, factor=float('inf'))
+    assert loop.agvm.update == 2
+    assert loop.agvm.scalars()['agvm/skipped'] == 1
+    assert loop.scaler.get_scale() == 2.0**13
+    assert (loop.agvm.modulator.lr_scale, loop.lrs()) == (mu, lrs)
+    assert_equal(dict(loop.model.state_dict()), weights)
+    # the measurement that was due comes with the next update
+    loop.train(6, start=2)
+    assert [update for update, _ in loop.agvm.modulator.history] == [0, 2, 4]
+    assert loop.agvm.update == 6
+    assert loop.lrs() == lrs
+
+
+@pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+def test_saved_run_goes_on_bit_for_bit(optimizer, estimator):
+    def build():
+        return Loop(
+            optimizer,
+            estimator=estimator,
+            max_norm=0.5,
+            scale=2.0**14,
+        )
+
+    straight, first, second = build(), build(), build()
+    straight.train(7)
+    first.train(3)
+    file = io.BytesIO()
+    torch.save(first.state(), file)
+    file.seek(0)
+    second.load(torch.load(file, weights_only=True))
+    assert second.agvm.update == 3
+    second.train(7, start=3)
+    assert_equal(second.state(), straight.state())
+
+
+def test_all_that_is_logged():
+    loop = Loop()
+    loop.train(3)
+    scalars = loop.agvm.scalars()
+    assert set(scalars) == {
+        *(
+            f'agvm_{quantity}/{module}'
+            for quantity in ('variance', 'lr_scale', 'noise_scale')
+            for module in MODULES
+        ),
+        'agvm/measured',
+        'agvm/skipped',
+    }
+    assert scalars['agvm/measured'] == 2
+    noise = scalars['agvm_noise_scale/neck']
+    loop.agvm.set_batch(
+        dict(ranks=1, images_per_rank=4, accumulative_counts=2)
+    )
+    assert loop.agvm.scalars()['agvm_noise_scale/neck'] == 4 * noise
