@@ -32,15 +32,10 @@ from mmagvm.recipes.writing import left_over, texts
 
 CONFIGS = ROOT / 'configs'
 #: The folders of recipes; configs/quickstart is run by test_tools.py.
-FOLDERS = (
-    'ablations',
-    'faster_rcnn',
-    'mask_rcnn',
-    'megdet',
-    'panoptic_fpn',
-    'retinanet',
-    'sem_fpn',
-)
+FOLDERS = [
+    *('ablations', 'faster_rcnn', 'mask_rcnn', 'megdet', 'panoptic_fpn'),
+    *('retinanet', 'sem_fpn'),
+]
 FILES = sorted(
     file.relative_to(CONFIGS).as_posix()
     for folder in FOLDERS
@@ -82,6 +77,32 @@ ITERATIONS = {
     'sem_fpn': {32: 160000, 512: 10000, 1024: 5000, 2048: 2500},
     'faster_rcnn/adamw': {32: 43980, 1536: 924},
 }
+#: What the READMEs report, by recipe: batch size, baseline, AGVM; tables of
+#: the project page, the reading note and the official code. Of MegDet's table
+#: 3: batch size, BN size, GPUs, AP.
+REPORTED = {
+    'faster_rcnn': '32 36.8 36.8, 256 36.1 36.7, 512 35.3 36.7, '
+    '1024 34.2 35.4',
+    'faster_rcnn/adamw': '32 - 37.1, 256 - 37.2, 512 - 36.8, 1024 - 37.0, '
+    '1536 35.9 36.6',
+    'faster_rcnn/align': '32 37.1 -, 256 36.7 37.1, 512 36.2 36.8',
+    'faster_rcnn/lamb': '32 - -, 256 - -, 512 - -, 1024 - -, 1536 33.2 -',
+    'faster_rcnn/soap': '256 - -, 512 - -, 1024 - -',
+    'faster_rcnn/swin': '32 - -, 256 - -, 512 - -, 1024 - -',
+    'mask_rcnn': '32 33.9 33.9, 256 33.7 34.1, 512 33.1 33.9, 1024 NaN 32.6',
+    'mask_rcnn/align': '32 34.8 -, 256 34.4 35.0, 512 33.9 34.6',
+    'mask_rcnn/lars': '32 34.0 -, 256 32.0 -, 512 30.4 -, 1024 25.1 -',
+    'megdet': '16 0 8 36.2, 16 2 8 31.0, 16 16 8 37.0, 32 32 8 37.3, '
+    '64 64 8 35.3, 64 32 16 37.1, 64 16 32 37.1, 128 32 32 37.1, '
+    '128 16 64 37.0, 256 32 64 37.1, 256 16 128 37.1',
+    'megdet/long': '16 16 8 37.7, 32 32 8 37.8, 64 32 16 37.6, '
+    '128 32 32 37.6, 256 32 64 37.7, 256 16 128 37.7',
+    'panoptic_fpn': '32 38.9 38.9, 256 39.2 39.3, 512 38.7 39.5, '
+    '1024 NaN 38.8',
+    'retinanet': '32 - -, 256 - -, 512 - -, 1024 - -',
+    'retinanet/r18': '32 31.4 32.8, 4096 23.5 28.7, 10240 NaN 26.7',
+    'sem_fpn': '32 37.5 37.5, 512 36.7 37.3, 1024 36.4 37.3, 2048 36.2 37.0',
+}
 
 
 class Case:
@@ -114,11 +135,10 @@ class Case:
             ('align', self.align),
             ('swin', self.backbone == 'swin-t'),
             ('r18', self.backbone == 'r18'),
-            *((tag, tag in self.tags) for tag in ('lamb', 'soap', 'lars')),
-            ('adamw', 'adamw' in self.tags),
             ('long', folder == 'megdet' and self.length == '18e'),
+            *((tag, True) for tag in self.tags if tag in OPTIMIZER),
         ):
-            if applies:
+            if applies and special != 'pmd':
                 return f'{folder}/{special}'
         return folder
 
@@ -158,39 +178,35 @@ def grid(model, length, batch_sizes, methods, folder=None):
             )
 
 
-def megdet():
-    """Table 3 of MegDet: batch size, BN size, GPUs."""
-    normal = [(16, 0, 8), (16, 2, 8), (64, 64, 8), (64, 16, 32)]
-    normal += [(128, 16, 64)]
-    both = [(16, 16, 8), (32, 32, 8), (64, 32, 16), (128, 32, 32)]
-    both += [(256, 32, 64), (256, 16, 128)]
-    for epochs, rows in ((11, normal + both), (18, both)):
-        for batch_size, bn_size, gpus in rows:
-            norm = f'-cgbn{bn_size}' if bn_size else ''
-            yield (
-                f'megdet/faster-rcnn_r50_fpn_{gpus}xb{batch_size // gpus}'
-                f'{norm}-{epochs}e_coco.py'
-            )
+def megdet(recipe, length):
+    """Names of the rows of MegDet's table."""
+    for row in REPORTED[recipe].split(', '):
+        batch_size, bn_size, gpus = map(int, row.split()[:3])
+        norm = f'-cgbn{bn_size}' if bn_size else ''
+        yield (
+            f'megdet/faster-rcnn_r50_fpn_{gpus}xb{batch_size // gpus}{norm}'
+            f'-{length}_coco.py'
+        )
 
 
 def test_every_recipe_has_its_config_and_no_other():
     coco, ablated, r18 = (32, 256, 512, 1024), (32, 512), (32, 4096, 10240)
     note = (*coco, 1536)
-    sgd, adamw, soap = ('', 'agvm'), ('adamw', 'agvm-adamw'), ('agvm-soap',)
+    sgd, adamw = ('', 'agvm'), ('adamw', 'agvm-adamw')
     ade = {32: '160k', 512: '10k', 1024: '5k', 2048: '2500it'}
-    faster, swin = 'faster-rcnn_r50_fpn', 'faster-rcnn_swin-t_fpn'
-    mask = 'mask-rcnn_r50_fpn'
+    faster = 'faster-rcnn_r50_fpn'
     expected = [
         *grid(faster, '16e', coco, sgd),
         *grid(faster, '12e', note, (*adamw, 'lamb', 'pmd-lamb')),
-        *grid(faster, '12e', coco[1:], ('soap', *soap)),
-        *grid(swin, '12e', coco, adamw),
-        *grid(mask, '14e', coco, (*sgd, 'lars')),
+        *grid(faster, '12e', coco[1:], ('soap', 'agvm-soap')),
+        *grid('faster-rcnn_swin-t_fpn', '12e', coco, adamw),
+        *grid('mask-rcnn_r50_fpn', '14e', coco, (*sgd, 'lars')),
         *grid('retinanet_r50_fpn', '14e', coco, sgd),
         *grid('retinanet_r18_fpn', '14e', r18, sgd),
         *grid('panoptic-fpn_r50_fpn', '14e', coco, sgd),
         *grid('fpn_r50', ade, ade, sgd, 'sem_fpn'),
-        *megdet(),
+        *megdet('megdet', '11e'),
+        *megdet('megdet/long', '18e'),
     ]
     for folder in ('faster_rcnn', 'mask_rcnn'):
         align = f'{folder.replace("_", "-")}-align_r50_fpn'
@@ -533,80 +549,20 @@ def test_align_models_differ_from_mmdets(folder):
 
 # -- what is written about them
 
-#: The recipe behind each section of a README, and what is reported there:
-#: batch size, baseline, AGVM; tables of the project page, the reading note
-#: and the official code. Of MegDet's table 3: batch size, BN size, GPUs, AP.
-SECTIONS = {
-    'faster_rcnn#SGD': (
-        'faster_rcnn',
-        '32 36.8 36.8, 256 36.1 36.7, 512 35.3 36.7, 1024 34.2 35.4',
-    ),
-    'faster_rcnn#AdamW': (
-        'faster_rcnn/adamw',
-        '32 - 37.1, 256 - 37.2, 512 - 36.8, 1024 - 37.0, 1536 35.9 36.6',
-    ),
-    'faster_rcnn#LAMB': (
-        'faster_rcnn/lamb',
-        '32 - -, 256 - -, 512 - -, 1024 - -, 1536 33.2 -',
-    ),
-    'faster_rcnn#SOAP': ('faster_rcnn/soap', '256 - -, 512 - -, 1024 - -'),
-    'faster_rcnn#Swin-T': (
-        'faster_rcnn/swin',
-        '32 - -, 256 - -, 512 - -, 1024 - -',
-    ),
-    'faster_rcnn#Official code': (
-        'faster_rcnn/align',
-        '32 37.1 -, 256 36.7 37.1, 512 36.2 36.8',
-    ),
-    'mask_rcnn#SGD': (
-        'mask_rcnn',
-        '32 33.9 33.9, 256 33.7 34.1, 512 33.1 33.9, 1024 NaN 32.6',
-    ),
-    'mask_rcnn#LARS': (
-        'mask_rcnn/lars',
-        '32 34.0 -, 256 32.0 -, 512 30.4 -, 1024 25.1 -',
-    ),
-    'mask_rcnn#Official code': (
-        'mask_rcnn/align',
-        '32 34.8 -, 256 34.4 35.0, 512 33.9 34.6',
-    ),
-    'retinanet#R50': ('retinanet', '32 - -, 256 - -, 512 - -, 1024 - -'),
-    'retinanet#R18': (
-        'retinanet/r18',
-        '32 31.4 32.8, 4096 23.5 28.7, 10240 NaN 26.7',
-    ),
-    'panoptic_fpn#SGD': (
-        'panoptic_fpn',
-        '32 38.9 38.9, 256 39.2 39.3, 512 38.7 39.5, 1024 NaN 38.8',
-    ),
-    'sem_fpn#SGD': (
-        'sem_fpn',
-        '32 37.5 37.5, 512 36.7 37.3, 1024 36.4 37.3, 2048 36.2 37.0',
-    ),
-    'megdet#Normal': (
-        'megdet',
-        '16 0 8 36.2, 16 2 8 31.0, 16 16 8 37.0, 32 32 8 37.3, 64 64 8 35.3, '
-        '64 32 16 37.1, 64 16 32 37.1, 128 32 32 37.1, 128 16 64 37.0, '
-        '256 32 64 37.1, 256 16 128 37.1',
-    ),
-    'megdet#Long': (
-        'megdet/long',
-        '16 16 8 37.7, 32 32 8 37.8, 64 32 16 37.6, 128 32 32 37.6, '
-        '256 32 64 37.7, 256 16 128 37.7',
-    ),
-}
+
+TABLE = re.compile(
+    r'<!-- recipes (\S+): begin -->\n.*\n\|[ -|]+\n((?:\|.*\n)+)'
+    r'<!-- recipes \1: end -->'
+)
 
 
 def readme_tables(folder):
-    """Rows of every table with a column of ours, by folder and heading."""
-    tables = {}
-    for line in (CONFIGS / folder / 'README.md').read_text().splitlines():
-        if line.startswith('#'):
-            heading = line.lstrip('# ')
-        elif re.match(r'\| .* not run \|$', line):
-            cells = [cell.strip() for cell in line.strip('|').split('|')]
-            tables.setdefault(f'{folder}#{heading}', []).append(cells)
-    return tables
+    """Rows of every table of a README, by what its comments name."""
+    text = (CONFIGS / folder / 'README.md').read_text()
+    return {
+        name: [line.strip('| ').split(' | ') for line in rows.splitlines()]
+        for name, rows in TABLE.findall(text)
+    }
 
 
 def assert_row_follows(recipe, batch_size, lr, length, warmup):
@@ -622,22 +578,24 @@ def assert_row_follows(recipe, batch_size, lr, length, warmup):
 
 
 def test_readmes_show_the_recipes_and_what_the_sources_report():
-    tables = {}
-    for folder in FOLDERS:
-        tables.update(readme_tables(folder))
-    ablations = tables.pop('ablations#Why modules differ')
-    assert [row[0] for row in ablations] == [
-        *(2 * ['Faster R-CNN'] + 2 * ['RetinaNet']),
+    reported = {}
+    for folder in FOLDERS[1:]:
+        for name, rows in readme_tables(folder).items():
+            assert name.partition('/')[0] == folder
+            cells = [' '.join([row[0], *row[4:-1]]) for row in rows]
+            reported[name] = ', '.join(cells)
+            for row in rows:
+                assert_row_follows(RECIPES[name], *row[:4])
+                assert row[-1] == 'not run'
+    assert reported == REPORTED
+    rows = readme_tables('ablations')['ablations']
+    models = {'Faster R-CNN': 'faster_rcnn', 'RetinaNet': 'retinanet'}
+    assert [row[:2] for row in rows] == [
+        [model, size] for model in models for size in ('32', '512')
     ]
-    for model, *schedule, _ours in ablations:
-        recipe = 'retinanet' if model == 'RetinaNet' else 'faster_rcnn'
-        assert_row_follows(RECIPES[recipe], *schedule)
-    assert tables.keys() == SECTIONS.keys()
-    for section, (recipe, reported) in SECTIONS.items():
-        for row in tables[section]:
-            assert_row_follows(RECIPES[recipe], *row[:4])
-        shown = [' '.join([row[0], *row[4:-1]]) for row in tables[section]]
-        assert ', '.join(shown) == reported, section
+    for model, *schedule, ours in rows:
+        assert_row_follows(RECIPES[models[model]], *schedule)
+        assert ours == 'not run'
 
 
 def test_readme_of_ablations_names_all_configs():

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple
+from typing import Callable, Optional, Sequence, Tuple
 
 import numpy as np
 from mmengine.config import Config
@@ -226,4 +226,54 @@ def gpus_table(rows: Sequence[Tuple[Training, Update]]) -> str:
             )
             for training, update in rows
         ],
+    )
+
+
+def report(
+    config: str,
+    wanted: Training,
+    others: Sequence[Training],
+    update_on: Callable[[Training], Update],
+    gradients: Gradients,
+    cluster: Cluster,
+    estimator: str,
+    source: str,
+) -> str:
+    """The whole plan of a run, in Markdown.
+
+    Args:
+        config: Its name.
+        wanted: What was asked for.
+        others: The same on other numbers of GPUs.
+        update_on: The parts of an update's time.
+        gradients: What is sent.
+        cluster: What computes and sends.
+        estimator: AGVM's.
+        source: Where the time of computing is from.
+    """
+    batch = wanted.batch
+    update = update_on(wanted)
+    return (
+        f'{config}\n'
+        f'- batch {batch.size} = {batch.gpus} GPUs x {batch.images_per_gpu} '
+        f'images x {batch.accumulation} micro-batches; the original: '
+        f'{batch.base}\n'
+        f'- {wanted.updates} updates, learning rate {wanted.lr:g}, warm-up '
+        f'over {wanted.warmup} updates\n'
+        f'- AGVM with {estimator} measures every {wanted.interval} updates '
+        f'from {wanted.begin}: {100 * wanted.measured:.1f} % of all\n'
+        f'- gradients: {gradients.sent * gradients.size / 1e6:.1f} MB in '
+        f'{gradients.buckets} buckets, of {gradients.modules} modules\n'
+        f'- {cluster.compute * 1e3:.1f} ms an iteration without '
+        f'communication, {source}\n'
+        f'- {cluster.bandwidth * 8 / 1e9:g} Gbit/s, '
+        f'{cluster.latency * 1e6:.2f} us a step of the ring, '
+        f'{100 * cluster.overlap:.0f} % hidden\n\n'
+        f'{parts_table(wanted, update)}\n\n'
+        f'With {batch.images_per_gpu * batch.accumulation} images on each '
+        'GPU:\n\n'
+        f'{gpus_table([(each, update_on(each)) for each in others])}\n\n'
+        'Not in it: data loading, validation, checkpoints, start, '
+        'stragglers, the exchange of synchronized batch norm. A ring is the '
+        'slowest way for many GPUs.'
     )

@@ -25,9 +25,8 @@ from mmagvm.planning.run_plan import (
     calibrate,
     count_gradients,
     find_dataset,
-    gpus_table,
-    parts_table,
     plan_training,
+    report,
 )
 from mmagvm.planning.time_model import Cluster, Update, update_seconds
 
@@ -239,32 +238,17 @@ def main() -> None:
             'calibrated, with the latency: two times fix two numbers, so that '
             'both are met says nothing about the model'
         )
-    wanted = train_on(args.gpus)
-    batch = wanted.batch
     print(
-        f'{args.config}\n'
-        f'- batch {batch.size} = {batch.gpus} GPUs x {batch.images_per_gpu} '
-        f'images x {accumulation} micro-batches; the original: {base}\n'
-        f'- {wanted.updates} updates, learning rate {wanted.lr:g}, warm-up '
-        f'over {wanted.warmup} updates\n'
-        f'- AGVM with {estimator} measures every {wanted.interval} updates '
-        f'from {wanted.begin}: {100 * wanted.measured:.1f} % of all\n'
-        f'- gradients: {gradients.sent * gradients.size / 1e6:.1f} MB in '
-        f'{gradients.buckets} '
-        f'buckets, of {gradients.modules} modules\n'
-        f'- {cluster.compute * 1e3:.1f} ms an iteration without '
-        f'communication, {source}\n'
-        f'- {args.bandwidth_gbps:g} Gbit/s, {cluster.latency * 1e6:.2f} us a '
-        f'step of the ring, {100 * cluster.overlap:.0f} % hidden\n\n'
-        f'{parts_table(wanted, update_on(wanted))}\n\n'
-        f'With {batch.images_per_gpu * accumulation} images on each GPU:\n'
-    )
-    trainings = [train_on(gpus) for gpus in sorted({*GPUS, args.gpus})]
-    print(gpus_table([(each, update_on(each)) for each in trainings]))
-    print(
-        '\nNot in it: data loading, validation, checkpoints, start, '
-        'stragglers, the exchange of synchronized batch norm. A ring is the '
-        'slowest way for many GPUs.'
+        report(
+            args.config,
+            train_on(args.gpus),
+            [train_on(gpus) for gpus in sorted({*GPUS, args.gpus})],
+            update_on,
+            gradients,
+            cluster,
+            estimator,
+            source,
+        )
     )
 
 
