@@ -1,8 +1,9 @@
-"""Writes the configs, metafiles and README tables that recipes stand in.
+"""Writes configs, metafiles and README tables from the recipes' numbers.
 
 A number is changed in RECIPES of mmagvm/recipes/lr_scaling.py; this then
 writes all files that show it. Text of the READMEs outside of their tables
-stays, and so do the folders `_base_`.
+stays, and so do the folders `_base_`: they are written by hand, and state when
+a recipe ends and decays.
 """
 
 import argparse

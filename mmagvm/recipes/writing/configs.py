@@ -1,5 +1,6 @@
 """All config files that follow from the recipes."""
 
+from functools import partial
 from typing import Callable, Iterator, Sequence
 
 from mmagvm.recipes.reported import MEGDET
@@ -89,26 +90,16 @@ def _optimizers() -> Iterator[ConfigFile]:
 
 def _official_code() -> Iterator[ConfigFile]:
     """Configs of the official code's own models."""
-    source = ' as in the official code'
-    for recipe, model, note_512 in (
-        (
-            'faster_rcnn/align',
-            'faster-rcnn-align_r50_fpn',
-            ', best rate of A.5',
-        ),
-        ('mask_rcnn/align', 'mask-rcnn-align_r50_fpn', ''),
+    align, source = templates.align, ' as in the official code'
+    for recipe, model, best in (
+        ('faster_rcnn/align', 'faster-rcnn-align', ', best rate of A.5'),
+        ('mask_rcnn/align', 'mask-rcnn-align', ''),
     ):
-        for size in OFFICIAL:
-            note = source + (note_512 if size == 512 else '')
-            yield from _each((size,), recipe, model, '', templates.align, note)
-        yield from _each(
-            OFFICIAL[1:],
-            recipe,
-            model,
-            'agvm',
-            templates.agvm_align,
-            f',{source}',
-        )
+        each = partial(_each, recipe=recipe, model=f'{model}_r50_fpn')
+        yield from each(OFFICIAL[:2], tag='', write=align, note=source)
+        yield from each(OFFICIAL[2:], tag='', write=align, note=source + best)
+        agvm, note = templates.agvm_align, f',{source}'
+        yield from each(OFFICIAL[1:], tag='agvm', write=agvm, note=note)
 
 
 def _megdet() -> Iterator[ConfigFile]:
@@ -133,29 +124,18 @@ def _megdet() -> Iterator[ConfigFile]:
 
 def _ablations() -> Iterator[ConfigFile]:
     """Configs that are measured, each step on the one before."""
-    for recipe, model, steps in (
-        (
-            'faster_rcnn',
-            'faster-rcnn_r50',
-            {
-                '10rois-measure': templates.few_proposals,
-                '10rois-fixed-head-measure': templates.fixed_head,
-            },
-        ),
-        (
-            'retinanet',
-            'retinanet_r50',
-            {'fixed-head-measure': templates.fixed_head},
-        ),
+    for recipe, model in (
+        ('faster_rcnn', 'faster-rcnn_r50'),
+        ('retinanet', 'retinanet_r50'),
     ):
-        for name, tag, write in (
-            (f'{model}_fpn', 'measure', templates.measured),
-            (model, 'measure', templates.without_fpn),
-            *((model, tag, write) for tag, write in steps.items()),
-        ):
-            yield from _each(
-                ENDS, recipe, name, tag, write, folder='ablations'
-            )
+        step = partial(_each, ENDS, recipe, folder='ablations')
+        yield from step(f'{model}_fpn', 'measure', templates.measured)
+        yield from step(model, 'measure', templates.without_fpn)
+        head = 'fixed-head-measure'
+        if recipe == 'faster_rcnn':
+            yield from step(model, '10rois-measure', templates.few_proposals)
+            head = f'10rois-{head}'
+        yield from step(model, head, templates.fixed_head)
 
 
 #: By path, as they are listed everywhere.
