@@ -92,20 +92,46 @@ def draw_variance(study: Mapping[str, Any], done: Done, file: Path) -> None:
 def draw_batch_sizes(study: Mapping[str, Any], done: Done, file: Path) -> None:
     """Test metric against the batch size, a line for each method.
 
-    At each tuned rate: the mean over seeds, and their range as a bar.
+    At each tuned rate: the mean over seeds, and their range as a bar. While a
+    rate is being tuned, the run that is best on tuning images, hollow.
     """
     with plt.rc_context(TEXT):
         figure, axis = plt.subplots(figsize=(PAGE, 3.2))
         ticks: Set[float] = set()
         for index, (method, label) in enumerate(METHODS.items()):
             found: Dict[int, List[float]] = {}
+            tuning: Dict[int, float] = {}
             for cell in cells_of(study, done):
-                if cell == Cell(SHOWN, method, cell.batch_size) and is_tuned(
-                    study, cell
-                ):
-                    results = filter(ended, finals(study, done, cell))
+                if cell != Cell(
+                    SHOWN, method, cell.batch_size
+                ) or not is_tuned(study, cell):
+                    continue
+                results = list(filter(ended, finals(study, done, cell)))
+                if results:
                     found[cell.batch_size] = [on_test(r) for r in results]
-            points = [(s, v) for s, v in sorted(found.items()) if v]
+                    continue
+                tried = [r for run, r in done.items() if run.cell == cell]
+                if tried:
+                    best = max(tried, key=lambda r: r['metrics']['tune'])
+                    tuning[cell.batch_size] = on_test(best)
+            style: Dict[str, Any] = dict(
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=4,
+            )
+            # beside those of other methods
+            shift = 2 ** (0.03 * (index - len(METHODS) / 2))
+            if tuning:
+                ticks.update(tuning)
+                axis.plot(
+                    [shift * size for size in tuning],
+                    list(tuning.values()),
+                    linestyle='',
+                    fillstyle='none',
+                    label=f'{label}, tuning not finished',
+                    **style,
+                )
+            points = sorted(found.items())
             if not points:
                 continue
             sizes = np.array([size for size, _ in points], dtype=float)
@@ -113,17 +139,14 @@ def draw_batch_sizes(study: Mapping[str, Any], done: Done, file: Path) -> None:
             ends = np.array([(min(v), max(v)) for _, v in points])
             ticks.update(sizes)
             axis.errorbar(
-                # beside those of other methods
-                sizes * 2 ** (0.03 * (index - len(METHODS) / 2)),
+                shift * sizes,
                 means,
                 yerr=np.abs(ends - means[:, None]).T,
-                color=COLOURS[index % len(COLOURS)],
                 linestyle=DASHES[index % len(DASHES)],
-                marker=MARKERS[index % len(MARKERS)],
-                markersize=4,
                 linewidth=1.2,
                 elinewidth=0.8,
                 label=label,
+                **style,
             )
         axis.set_xscale('log', base=2)
         axis.set_xticks(
