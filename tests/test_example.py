@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from commands import ROOT, finish, free_port, start
-from torchvision_ops import has_torchvision
+from torchvision_ops import FOLDER, has_torchvision
 
 EXAMPLE = ROOT / 'examples/torchvision_digits.py'
 #: Runs it where no package of OpenMMLab can be imported.
@@ -31,6 +31,7 @@ def train(*args):
             WORLD_SIZE=2,
             MASTER_ADDR='127.0.0.1',
             MASTER_PORT=port,
+            PYTHONPATH=':'.join(map(str, (ROOT, ROOT / 'tests', FOLDER))),
         )
         for rank in range(2)
     ]

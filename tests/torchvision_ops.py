@@ -23,8 +23,10 @@ def has_torchvision() -> bool:
 
 
 def import_torchvision() -> None:
-    """Import it, with operators of this file where its own do not load."""
-    sys.path.append(str(FOLDER))
+    """Import it, with operators of this file where its own do not load.
+
+    FOLDER must be in PYTHONPATH.
+    """
     try:
         import torchvision
     except RuntimeError as error:

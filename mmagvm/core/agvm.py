@@ -253,7 +253,15 @@ class AGVM:
         Args:
             scaler: The loss scaler, if there is one.
         """
-        assert self._model is not None, 'give AGVM the model'
+        if self._model is None:
+            raise ValueError(
+                'AGVM does not know the model: write AGVM(optimizer, model)'
+            )
+        if self._micro_batches == self.accumulation:
+            raise RuntimeError(
+                f'AGVM: {self.accumulation} micro-batches are done and no '
+                'step: call agvm.step() after each micro-batch'
+            )
         last = self._micro_batches == self.accumulation - 1
         if self._micro_batches == 0:
             self.begin_update(scale_of(scaler, self.optimizer))

@@ -1,5 +1,6 @@
 """Figures of a study's results."""
 
+import math
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Set
 
@@ -17,6 +18,8 @@ from study.study_results import (
     series,
 )
 
+#: Entries beside each other, and inches of a row of them.
+LEGEND_COLUMNS, LEGEND_ROW = 4, 0.15
 #: What is shown.
 SHOWN = 'faster_rcnn'
 COMPARED = dict(sgd='SGD', agvm_sgd='AGVM')
@@ -230,10 +233,12 @@ def save(figure: Any, axes: Sequence[Any], file: Path) -> None:
         labels.values(),
         labels.keys(),
         loc='lower center',
-        ncol=4,
+        ncol=LEGEND_COLUMNS,
         frameon=False,
     )
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    rows = math.ceil(len(labels) / LEGEND_COLUMNS)
+    below = (LEGEND_ROW * rows + 0.05) / figure.get_size_inches()[1]
+    figure.tight_layout(rect=(0, below, 1, 1))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=300)
     plt.close(figure)

@@ -65,14 +65,15 @@ def build_grad_variance(
         raise ValueError(
             f'AGVM measures in the gradient reduction of DistributedData'
             f'Parallel, but with {dist.get_world_size()} ranks the model is '
-            f'a {type(model).__name__}: train with MMDistributedDataParallel'
+            f'a {type(model).__name__}: train with MMDistributedDataParallel, '
+            'or without MMEngine with DistributedDataParallel'
         )
     if accumulative_counts < 2:
         raise ValueError(
             'AGVM compares parts of the batch, and one rank with '
             f'accumulative_counts={accumulative_counts} has only one part: '
             'train on 2 or more ranks, or set accumulative_counts=2 or more '
-            'in optim_wrapper'
+            'in optim_wrapper, without MMEngine AGVM(..., accumulation=2)'
         )
     return over_micro_batches(optimizer, modules, accumulative_counts)
 
