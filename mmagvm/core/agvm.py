@@ -1,18 +1,38 @@
 """AGVM around an optimizer, in any training loop."""
 
 import logging
+import math
 from contextlib import contextmanager, nullcontext
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Counter, Dict, Iterator, List, Optional
 
 import torch
 from torch import Tensor, nn
 
 from mmagvm.core.functional import clip_divisor
 from mmagvm.core.grad_variance import GradVariance, build_grad_variance
+from mmagvm.core.graphs import outside_of_graphs
 from mmagvm.core.modulator import Modulator
 from mmagvm.core.settings import Settings
 
 logger = logging.getLogger('mmagvm')
+
+#: Why an update that was due is not measured.
+NOT_BEGUN = (
+    'train_step does not run the model inside of optim_wrapper.optim_context'
+    '(model), without MMEngine inside of agvm.micro_batch()'
+)
+PARTIAL = 'only a part of the micro-batches of an update came'
+NO_STATE = (
+    'the optimizer had no state yet to measure by, which it has after the '
+    'first updates'
+)
+NOT_FINITE = 'gradients were NaN or infinite'
+NO_ANCHOR = 'the module that the others follow had no gradient'
+OTHER_STEP = (
+    "the optimizer's own step() is called: in train_step call "
+    'optim_wrapper.update_params(loss), or its backward(loss) and step(), '
+    'without MMEngine agvm.step()'
+)
 
 
 class AGVM:
@@ -91,12 +111,16 @@ class AGVM:
             (float(low), float(high)),
         )
         self.update = 0
-        self.batch: Dict[str, int] = {}
+        self.batch: Dict[str, Optional[int]] = {}
         self._model: Optional[nn.Module] = None
         self._grad_variance: Optional[GradVariance] = None
         self._micro_batches = 0  # of this update that are done
         self._stepped = False
+        self._stepping = False
         self._told_raw = False
+        #: How many updates that were due are not measured, by the reason.
+        self.missed: Counter[str] = Counter()
+        self._why_not = NOT_BEGUN  # the update under way is not measured
         # a loss scaler may skip the step
         optimizer.register_step_post_hook(self._note_step)
         if model is not None:
@@ -116,11 +140,18 @@ class AGVM:
         return measured is not None and measured.measuring
 
     @property
+    def can_measure(self) -> bool:
+        """Whether the optimizer's state allows to measure its next step."""
+        measured = self._grad_variance
+        return measured is not None and measured.can_measure
+
+    @property
     def world_size(self) -> int:
         """Ranks whose gradients are averaged; 1 before training starts."""
         measured = self._grad_variance
         return 1 if measured is None else measured.world_size
 
+    @outside_of_graphs
     def attach(self, model: nn.Module) -> None:
         """See the model as training calls it; only the first one counts."""
         if self._grad_variance is None:
@@ -135,6 +166,7 @@ class AGVM:
                 self.settings.comm_hook,
             )
 
+    @outside_of_graphs
     def begin_update(self, loss_scale: Optional[Tensor] = None) -> None:
         """Measure this update if it is due; before its first forward pass.
 
@@ -142,16 +174,23 @@ class AGVM:
             loss_scale: By what a loss scaler multiplies all gradients, one
                 number on their device. None for 1.
         """
+        self._why_not = ''
         if self._grad_variance is not None and self.settings.is_due(
             self.update
         ):
             self._grad_variance.start(loss_scale)
+            if not self._grad_variance.measuring:
+                self._why_not = NO_STATE
 
+    @outside_of_graphs
     def before_last_forward(self) -> None:
         """Before the forward pass of the update's last micro-batch."""
+        if self._why_not == NOT_BEGUN:
+            self._why_not = PARTIAL
         if self._grad_variance is not None and self._grad_variance.measuring:
             self._grad_variance.before_last_backward()
 
+    @outside_of_graphs
     def after_backward(self, micro_batch: int) -> None:
         """After the backward pass of each accumulated micro-batch.
 
@@ -161,6 +200,7 @@ class AGVM:
         if self._grad_variance is not None:
             self._grad_variance.after_backward(micro_batch)
 
+    @outside_of_graphs
     def measure(self, clip_grad: Optional[Dict[str, Any]] = None) -> None:
         """Turn what was measured, if anything, into new multipliers.
 
@@ -173,7 +213,10 @@ class AGVM:
         if grad_variance is None or not grad_variance.measuring:
             return
         measurement = grad_variance.measure(self._clip_divisor(clip_grad))
+        known = self.modulator.measured
         self.modulator.update(self.update, measurement)
+        if self.modulator.measured == known:
+            self._why_not = NO_ANCHOR if measurement.finite else NOT_FINITE
         self._tell_raw(grad_variance)
 
     def _clip_divisor(
@@ -224,7 +267,7 @@ class AGVM:
         groups = self.optimizer.param_groups
         scale = self.modulator.lr_scale
         saved = [group['lr'] for group in groups]
-        self._stepped = False
+        self._stepped, self._stepping = False, True
         try:
             if self.settings.modulate:
                 for group, lr, module in zip(
@@ -235,10 +278,41 @@ class AGVM:
         finally:
             for group, lr in zip(groups, saved):
                 group['lr'] = lr
+            self._stepping = False
+        self._account()
         self.update += self._stepped
+
+    def _account(self) -> None:
+        """Count the update that is done, if it was due and not measured."""
+        if self._why_not and self.settings.is_due(self.update):
+            self.missed[self._why_not] += 1
+            if self._why_not == NOT_BEGUN and self.missed[NOT_BEGUN] == 1:
+                logger.warning(
+                    'update %d was due and is not measured, because %s',
+                    self.update,
+                    NOT_BEGUN,
+                )
+        self._why_not = NOT_BEGUN
 
     def _note_step(self, *_: Any) -> None:
         self._stepped = True
+        if not self._stepping:
+            self.missed[OTHER_STEP] += 1
+            if self.missed[OTHER_STEP] == 1:
+                logger.warning(
+                    'a step is neither measured nor modulated, because %s',
+                    OTHER_STEP,
+                )
+
+    def why_missed(self) -> str:
+        """The reasons for which updates were not measured, most often first.
+
+        Empty if none was missed.
+        """
+        return '; '.join(
+            f'{reason} ({count} times)'
+            for reason, count in self.missed.most_common()
+        )
 
     # -- for a plain loop
 
@@ -275,6 +349,7 @@ class AGVM:
         self._micro_batches += 1
         self.after_backward(self._micro_batches)
 
+    @outside_of_graphs
     def step(
         self,
         scaler: Optional['torch.amp.GradScaler'] = None,
@@ -316,9 +391,12 @@ class AGVM:
 
         The batch size at which the gradient's noise is as large as its
         signal: 1 until it has been measured, infinite while no signal shows.
-        In samples while the batch has not been told.
+        In samples while the batch has not been told; empty if it was told
+        without ``images_per_rank``.
         """
         images = images_per_sample(self.batch) if self.batch else 1
+        if images is None:
+            return {}
         samples = self.modulator.noise_scale
         return {
             module: images * samples[module] if module in samples else 1.0
@@ -335,11 +413,15 @@ class AGVM:
         return found
 
     def scalars(self) -> Dict[str, float]:
-        """All numbers to log, such as ``agvm_lr_scale/<module>``."""
+        """All numbers to log, such as ``agvm_lr_scale/<module>``.
+
+        What is not finite is left out, as JSON has no infinity.
+        """
         found = {
             f'agvm_{quantity}/{module}': value
             for quantity, values in self.quantities().items()
             for module, value in values.items()
+            if math.isfinite(value)
         }
         found['agvm/measured'] = self.modulator.measured
         found['agvm/skipped'] = self.modulator.skipped
@@ -350,17 +432,17 @@ class AGVM:
         """Measurements so far, whether they took effect or not."""
         return self.modulator.measured + self.modulator.skipped
 
-    def set_batch(self, batch: Dict[str, int]) -> None:
+    def set_batch(self, batch: Dict[str, Optional[int]]) -> None:
         """Tell how the batch is made up, which a checkpoint may not share.
 
         Args:
-            batch: ``ranks``, ``images_per_rank`` in a micro-batch, and
-                ``accumulative_counts``, its micro-batches.
+            batch: ``ranks``, ``images_per_rank`` in a micro-batch, None if
+                nobody knows, and ``accumulative_counts``, its micro-batches.
         """
-        if self.batch:
-            self.modulator.resize_samples(
-                images_per_sample(batch) / images_per_sample(self.batch)
-            )
+        old = images_per_sample(self.batch) if self.batch else None
+        new = images_per_sample(batch)
+        if old is not None and new is not None:
+            self.modulator.resize_samples(new / old)
         self.batch = batch
 
     # -- the state that travels
@@ -380,14 +462,19 @@ class AGVM:
         self.batch = dict(state['batch'])
 
 
-def images_per_sample(batch: Dict[str, int]) -> int:
+def images_per_sample(batch: Dict[str, Optional[int]]) -> Optional[int]:
     """Images whose mean gradient is one sample: a rank's or a micro-batch's.
 
     Args:
         batch: As :attr:`AGVM.batch`.
+
+    Returns:
+        None if ``images_per_rank`` is.
     """
-    several = batch['accumulative_counts'] if batch['ranks'] > 1 else 1
-    return batch['images_per_rank'] * several
+    images, ranks = batch['images_per_rank'], batch['ranks']
+    if images is None or ranks == 1:
+        return images
+    return images * (batch['accumulative_counts'] or 1)
 
 
 def scale_of(

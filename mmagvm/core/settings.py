@@ -118,6 +118,18 @@ class Settings:
             and (update - self.begin) % self.interval == 0
         )
 
+    def due_between(self, first: int, last: int) -> range:
+        """The updates that are to be measured.
+
+        Args:
+            first: The first one in question.
+            last: The one after the last in question.
+        """
+        first = max(first, self.begin)
+        first += -(first - self.begin) % self.interval
+        last = last if self.end is None else min(last, self.end)
+        return range(first, last, self.interval)
+
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from mmagvm.core.agvm import scale_of
 from mmagvm.engine.optim_wrapper import AGVMOptimWrapper
+from mmagvm.recipes.registry import register
 
 
-@OPTIM_WRAPPERS.register_module()
+@register(OPTIM_WRAPPERS)
 class AGVMAmpOptimWrapper(AGVMOptimWrapper, AmpOptimWrapper):
     """:class:`AGVMOptimWrapper` with MMEngine's mixed precision.
 

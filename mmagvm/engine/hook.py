@@ -1,6 +1,6 @@
 """Start-up checks and what is logged; no maths."""
 
-from typing import Any, Dict, Iterable, List, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Optional
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
@@ -10,9 +10,10 @@ from mmengine.runner import Runner
 from mmengine.visualization import TensorboardVisBackend, Visualizer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 
 from mmagvm.engine import host
+from mmagvm.engine.batch_size import batch_sizes, count_images
+from mmagvm.engine.due import nothing_measured, too_few_due
 from mmagvm.engine.lr_schedule import (
     fit_schedulers,
     warmup_updates,
@@ -20,10 +21,11 @@ from mmagvm.engine.lr_schedule import (
 from mmagvm.engine.optim_wrapper import AGVMOptimWrapper
 from mmagvm.recipes.cgbn import CGBN
 from mmagvm.recipes.lr_scaling import STUDY_RULES, find_rule
+from mmagvm.recipes.registry import register, taken
 from mmagvm.version import full_version
 
 
-@HOOKS.register_module()
+@register(HOOKS)
 class AGVMHook(Hook):
     """Tells at the start what AGVM will do, and logs what it does.
 
@@ -51,6 +53,9 @@ class AGVMHook(Hook):
         self._seconds = 0.0  # of the update that is under way
         self._update_time: Dict[str, float] = {}
         self._attempts = 0
+        self._measured = 0
+        self._first = (0, 0)  # update and iteration of this start
+        self._count_images = False  # of the first batch that arrives
 
     def before_train(self, runner: Runner) -> None:
         """Check the setting and describe it in the log."""
@@ -70,24 +75,34 @@ class AGVMHook(Hook):
             wrapper.initialize_count_status(
                 runner.model, runner.iter, runner.max_iters
             )
-        batch = dict(
-            ranks=agvm.world_size,
-            images_per_rank=images_per_rank(runner.train_dataloader),
-            accumulative_counts=wrapper.accumulative_counts,
-        )
-        if agvm.batch and agvm.batch != batch:
-            runner.logger.warning(
-                f'AGVM: the checkpoint was trained with {agvm.batch}, this '
-                f'run has {batch}; lr_scale goes on from where it was'
-            )
-        agvm.set_batch(batch)
         fit_schedulers(wrapper, runner.param_schedulers or [])
         self._attempts = agvm.attempts
+        self._measured = agvm.modulator.measured
+        self._first = agvm.update, runner.iter
         chart_modules_together(runner.visualizer, agvm.quantities())
-        for line in describe(wrapper, runner):
+        runner.logger.info(f'AGVM: mmagvm {full_version()}')
+        sizes = batch_sizes(runner.train_dataloader)
+        self._count_images = not sizes
+        if sizes:
+            self._settle_batch(runner, sizes)
+        else:
+            runner.logger.info(
+                'AGVM: batch size: the data loader does not tell it; it is '
+                'counted when the first batch arrives'
+            )
+        for line in describe(wrapper):
             runner.logger.info(line)
+        untold = too_few_due(
+            agvm,
+            (runner.max_iters - runner.iter) // wrapper.accumulative_counts,
+        )
+        if untold is not None:
+            runner.logger.warning(f'AGVM: {untold}')
+        tell_auto_scale_lr(runner, wrapper.accumulative_counts)
         for repair in host.repairs:
             runner.logger.info(f'AGVM: repaired in the host: {repair}')
+        for sentence in taken:
+            runner.logger.warning(f'AGVM: {sentence}')
         warmup = warmup_updates(
             runner.param_schedulers or [],
             len(runner.train_dataloader),
@@ -110,6 +125,58 @@ class AGVMHook(Hook):
                 'BN'
             )
 
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Count the images of the first batch, if nobody tells them."""
+        if self._count_images:
+            self._count_images = False
+            images = count_images(data_batch)
+            self._settle_batch(runner, [] if images is None else [images])
+
+    def _settle_batch(self, runner: Runner, images: List[int]) -> None:
+        """Note how the batch is made up, and tell what follows from it.
+
+        Args:
+            runner: Of this run.
+            images: That a rank gets at once, each size that there is; none
+                if nobody knows.
+        """
+        wrapper = runner.optim_wrapper
+        agvm = wrapper.agvm
+        batch = dict(
+            ranks=agvm.world_size,
+            images_per_rank=images[0] if len(images) == 1 else None,
+            accumulative_counts=wrapper.accumulative_counts,
+        )
+        if agvm.batch and agvm.batch != batch:
+            runner.logger.warning(
+                f'AGVM: the checkpoint was trained with {agvm.batch}, this '
+                f'run has {batch}; lr_scale goes on from where it was'
+            )
+        agvm.set_batch(batch)
+        for line in describe_batch(wrapper, runner, images):
+            runner.logger.info(line)
+
+    def after_train(self, runner: Runner) -> None:
+        """Tell whether anything was measured, and why not, if not."""
+        wrapper = runner.optim_wrapper
+        agvm = wrapper.agvm
+        update, iteration = self._first
+        untold = nothing_measured(
+            agvm,
+            update,
+            (runner.iter - iteration) // wrapper.accumulative_counts,
+        )
+        missed = agvm.why_missed()
+        if agvm.modulator.measured == self._measured:
+            if untold is not None:
+                runner.logger.warning(f'AGVM: {untold}')
+        elif missed:
+            runner.logger.info(
+                f'AGVM: updates that were due are not measured: {missed}'
+            )
+
     def after_train_iter(
         self,
         runner: Runner,
@@ -123,6 +190,11 @@ class AGVMHook(Hook):
         self._time_update(runner)
         for kind, seconds in self._update_time.items():
             scalars[f'agvm_update_time/{kind}'] = seconds
+        # without signal there is no noise scale, not an older one either
+        for module in wrapper.modulator.modules:
+            name = f'agvm_noise_scale/{module}'
+            if name not in scalars:
+                runner.message_hub.log_scalars.pop(f'train/{name}', None)
         for name, value in scalars.items():
             key = f'train/{name}'
             # a buffer of all values would be copied at every new one
@@ -173,21 +245,39 @@ def chart_modules_together(
             backend.experiment.add_custom_scalars({'AGVM': charts})
 
 
-def images_per_rank(dataloader: 'DataLoader[Any]') -> int:
-    """Images that a data loader hands to a rank at once."""
-    sampler = getattr(dataloader, 'batch_sampler', None)
-    images = getattr(sampler, 'batch_size', None) or dataloader.batch_size or 1
-    # mmdet's MultiDataAspectRatioBatchSampler has one for each data set
-    return max(images) if isinstance(images, Sequence) else int(images)
+def tell_auto_scale_lr(runner: Runner, accumulative_counts: int) -> None:
+    """Warn where MMEngine's scaled learning rate forgets accumulation."""
+    auto = getattr(runner, 'auto_scale_lr', None) or {}
+    if not auto.get('enable') or accumulative_counts == 1:
+        return
+    base = float(auto['base_batch_size'])
+    runner.logger.warning(
+        'AGVM: auto_scale_lr has scaled the learning rate by ranks x images '
+        f'/ {base:g}, which leaves out accumulative_counts='
+        f'{accumulative_counts}: for the whole batch it would be '
+        f'{accumulative_counts} times as large: set '
+        'auto_scale_lr.base_batch_size='
+        f'{base / accumulative_counts:g}, or write the learning rate yourself '
+        'with auto_scale_lr.enable=False'
+    )
 
 
-def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
-    """What AGVM will do in this run, in lines for its log."""
-    settings, batch = wrapper.settings, wrapper.agvm.batch
-    batch_size = (
-        batch['ranks']
-        * batch['images_per_rank']
-        * batch['accumulative_counts']
+def describe_batch(
+    wrapper: AGVMOptimWrapper, runner: Runner, images: List[int]
+) -> List[str]:
+    """The batch and the learning rate for it, in lines for the log.
+
+    Args:
+        wrapper: Of this run.
+        runner: Of this run.
+        images: As in :meth:`AGVMHook._settle_batch`.
+    """
+    batch = wrapper.agvm.batch
+    known = len(images) == 1
+    size = (
+        (batch['ranks'] or 1) * images[0] * wrapper.accumulative_counts
+        if known
+        else 0
     )
     optimizer = type(wrapper.optimizer).__name__
     lr = wrapper.param_groups[-1].get(
@@ -197,26 +287,35 @@ def describe(wrapper: AGVMOptimWrapper, runner: Runner) -> List[str]:
         optimizer, type(_innermost(runner.train_dataloader.dataset)).__name__
     )
     own = STUDY_RULES.get(optimizer)
-    if rule is not None:
+    if not known:
+        advice = 'what the batch size asks for is not known'
+    elif rule is not None:
         advice = (
-            f"the paper's rule for {dataset} gives {rule(batch_size):.4g} "
-            f'({rule})'
+            f"the paper's rule for {dataset} gives {rule(size):.4g} ({rule})"
         )
     elif own is not None:
         advice = (
             'the paper has no rule for it; this project gives '
-            f'{own(batch_size):.4g} ({own}), not tried on COCO'
+            f'{own(size):.4g} ({own}), not tried on COCO'
         )
     else:
         advice = 'the paper has no rule for it'
+    each = ' or '.join(map(str, images)) or 'an unknown number of'
+    note = '' if known else ', so no noise scale is logged'
+    return [
+        f'AGVM: batch size {size or "unknown"} = {batch["ranks"]} ranks x '
+        f'{each} images x {wrapper.accumulative_counts} accumulated '
+        f'micro-batches{note}',
+        f'AGVM: {optimizer} with learning rate {float(lr):.4g}; {advice}',
+    ]
+
+
+def describe(wrapper: AGVMOptimWrapper) -> List[str]:
+    """When AGVM measures what in this run, in lines for its log."""
+    settings = wrapper.settings
     effect = '' if settings.modulate else ', modulates nothing'
     until = '' if settings.end is None else f' to {settings.end}'
     lines = [
-        f'AGVM: mmagvm {full_version()}',
-        f'AGVM: batch size {batch_size} = {batch["ranks"]} ranks x '
-        f'{batch["images_per_rank"]} images x {batch["accumulative_counts"]} '
-        'accumulated micro-batches',
-        f'AGVM: {optimizer} with learning rate {float(lr):.4g}; {advice}',
         f'AGVM: measures every {settings.interval} updates from update '
         f'{settings.begin}{until}; all modules follow '
         f'{wrapper.modulator.anchor}{effect}',
@@ -252,7 +351,15 @@ def useless_sync_bn(model: nn.Module) -> List[str]:
 
 
 def _innermost(dataset: Any) -> Any:
-    """The data set inside wrappers such as RepeatDataset."""
-    while hasattr(dataset, 'dataset'):
-        dataset = dataset.dataset
-    return dataset
+    """The data set inside wrappers such as RepeatDataset.
+
+    Where several of a kind are joined, the first.
+    """
+    while True:
+        parts = getattr(dataset, 'datasets', None) or []
+        if hasattr(dataset, 'dataset'):
+            dataset = dataset.dataset
+        elif len({type(_innermost(part)) for part in parts}) == 1:
+            dataset = parts[0]
+        else:
+            return dataset

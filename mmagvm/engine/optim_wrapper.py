@@ -10,12 +10,14 @@ from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 
 from mmagvm.core.agvm import AGVM, logger
+from mmagvm.core.graphs import outside_of_graphs
 from mmagvm.core.modulator import Modulator
 from mmagvm.core.settings import Settings
 from mmagvm.engine.optim_state import regroup
+from mmagvm.recipes.registry import register
 
 
-@OPTIM_WRAPPERS.register_module()
+@register(OPTIM_WRAPPERS)
 class AGVMOptimWrapper(OptimWrapper):
     """:class:`~mmagvm.core.AGVM` in MMEngine: it says when, AGVM does it.
 
@@ -120,6 +122,20 @@ class AGVMOptimWrapper(OptimWrapper):
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """See the base class; also decides whether to measure this update."""
+        self._before_forward(model)
+        with super().optim_context(model):
+            yield
+
+    @outside_of_graphs
+    def _before_forward(self, model: nn.Module) -> None:
+        self._tell_missing_hook()
+        self.agvm.attach(model)
+        if self._starts_complete_update():
+            self.agvm.begin_update(self._loss_scale())
+        if self.should_sync():
+            self.agvm.before_last_forward()
+
+    def _tell_missing_hook(self) -> None:
         if self._needs_hook and not self.has_hook:
             self._needs_hook = False
             logger.warning(
@@ -127,14 +143,13 @@ class AGVMOptimWrapper(OptimWrapper):
                 'schedulers of a run that was grouped otherwise are not '
                 "fitted: set custom_hooks=[dict(type='AGVMHook')]"
             )
-        self.agvm.attach(model)
-        if self._starts_complete_update():
-            self.agvm.begin_update(self._loss_scale())
-        if self.should_sync():
-            self.agvm.before_last_forward()
-        with super().optim_context(model):
-            yield
 
+    @outside_of_graphs
+    def update_params(self, *args: Any, **kwargs: Any) -> None:
+        """See the base class."""
+        super().update_params(*args, **kwargs)
+
+    @outside_of_graphs
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """See the base class."""
         super().backward(loss, **kwargs)
@@ -156,8 +171,10 @@ class AGVMOptimWrapper(OptimWrapper):
 
     # -- the scaled step
 
+    @outside_of_graphs
     def step(self, **kwargs: Any) -> None:
         """Measure if it is time, then step with ``lr * mu`` (Alg. 1, 2)."""
+        self._tell_missing_hook()
         self.agvm.measure(self.clip_grad_kwargs)
         with self.agvm.scaled_step():
             super().step(**kwargs)

@@ -14,9 +14,10 @@ from mmagvm.core.grad_variance import refuse_sharded_model
 from mmagvm.core.modules import module_groups
 from mmagvm.engine.host import keep_gradients_of_checkpointed_modules
 from mmagvm.engine.optim_wrapper import AGVMOptimWrapper
+from mmagvm.recipes.registry import register
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+@register(OPTIM_WRAPPER_CONSTRUCTORS)
 class AGVMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Builds the optimizer of an :class:`AGVMOptimWrapper`.
 

@@ -14,8 +14,10 @@ from torch.autograd import Function
 # and the layer's process group could not be copied, as EMAHook copies models
 from torch.nn.modules._functions import SyncBatchNorm as SyncBatchNormFunction
 
+from mmagvm.recipes.registry import register
 
-@MODELS.register_module()
+
+@register(MODELS)
 class CGBN(nn.BatchNorm2d):
     """Cross-GPU batch normalization (Peng et al., "MegDet", CVPR 2018).
 

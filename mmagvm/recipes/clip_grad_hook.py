@@ -6,8 +6,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from mmagvm.recipes.registry import register
 
-@HOOKS.register_module()
+
+@register(HOOKS)
 class ClipGradWindowHook(Hook):
     """Lets ``optim_wrapper.clip_grad`` act in a window of iterations only.
 

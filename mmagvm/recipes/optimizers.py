@@ -11,6 +11,8 @@ import torch
 # from here, where torch's own have been registered: they may be in the way
 from mmengine.optim import OPTIMIZERS
 
+from mmagvm.recipes.registry import register
+
 try:
     import pytorch_optimizer
 except ImportError:
@@ -32,17 +34,17 @@ if pytorch_optimizer is None:
 
     for _name in ('LARS', 'LAMB', 'PMDLAMB', 'SOAP', 'Muon'):
         if _name not in OPTIMIZERS.module_dict:  # torch's Muon may be
-            OPTIMIZERS.register_module(name=_name, module=_refuse(_name))
+            register(OPTIMIZERS, _name)(_refuse(_name))
 
 else:
     from mmagvm.recipes.matrix_optimizers import SOAP, Muon
 
-    OPTIMIZERS.register_module(module=SOAP)
+    register(OPTIMIZERS)(SOAP)
     # torch 2.9 and later has one that takes nothing but matrices, so that no
     # model of mmdet or mmseg can be trained with it
-    OPTIMIZERS.register_module(module=Muon, force=True)
+    register(OPTIMIZERS, instead_of='torch.optim')(Muon)
 
-    @OPTIMIZERS.register_module()
+    @register(OPTIMIZERS)
     class LARS(pytorch_optimizer.LARS):
         """Layer-wise adaptive rate scaling (You et al., 2017).
 
@@ -64,7 +66,7 @@ else:
             kwargs: Of ``pytorch_optimizer.LARS``.
         """
 
-    @OPTIMIZERS.register_module()
+    @register(OPTIMIZERS)
     class LAMB(pytorch_optimizer.Lamb):
         """Adam with a trust ratio for each weight (You et al., ICLR 2020).
 
@@ -104,7 +106,7 @@ else:
             kwargs.setdefault('adam_debias', True)
             super().__init__(params, weight_decouple=weight_decouple, **kwargs)
 
-    @OPTIMIZERS.register_module()
+    @register(OPTIMIZERS)
     class PMDLAMB(LAMB):
         """:class:`LAMB` with periodical moments decay.
 

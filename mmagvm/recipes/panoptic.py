@@ -6,11 +6,13 @@ import numpy as np
 from mmengine.fileio import get
 from mmengine.registry import TRANSFORMS
 
+from mmagvm.recipes.registry import register
+
 #: A pixel of no segment.
 IGNORED = 255
 
 
-@TRANSFORMS.register_module()
+@register(TRANSFORMS)
 class LoadPanopticSegments:
     """Masks and the semantic map from a COCO panoptic PNG.
 

@@ -5,8 +5,10 @@ from typing import Any, List
 from mmengine.optim.scheduler.param_scheduler import INF, _ParamScheduler
 from mmengine.registry import PARAM_SCHEDULERS
 
+from mmagvm.recipes.registry import register
 
-@PARAM_SCHEDULERS.register_module()
+
+@register(PARAM_SCHEDULERS)
 class ExponentialWarmupLR(_ParamScheduler):
     """Grows the learning rate by the same factor at each step.
 
