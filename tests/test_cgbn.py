@@ -18,7 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from mmagvm.engine.hook import useless_sync_bn
-from mmagvm.recipes.cgbn import CGBN, possible_group_sizes
+from mmagvm.recipes.cgbn import (
+    CGBN,
+    group_batch_norm,
+    possible_group_sizes,
+    rank_group,
+    sync_batch_norm,
+)
 
 CHANNELS = 3
 #: Images per rank, and height and width on each of up to 4 ranks.
@@ -267,6 +273,94 @@ def run_narrow(rank):
     return output, layer.running_var
 
 
+def run_empty(rank, images, compiled):
+    """Group 2: a usual batch, then one in which ranks have ``images``."""
+    layer = with_some_weights(CGBN(CHANNELS, 4, images_per_rank=2))
+    layer.to(plain_device())
+    through = torch.compile(layer, backend='eager') if compiled else layer
+    through(plain_input(rank, 0, 'equal').to(plain_device()))
+    before = {n: v.cpu().clone() for n, v in layer.state_dict().items()}
+    batch = torch.ones(images[rank % 2], CHANNELS, 1, 1, dtype=torch.float64)
+    output = through(batch.to(plain_device()).requires_grad_())
+    output.sum().backward()
+    return (
+        output.detach().cpu(),
+        [before, {n: v.cpu() for n, v in layer.state_dict().items()}],
+        [p.grad.cpu() for p in layer.parameters() if p.grad is not None],
+    )
+
+
+class Kernels:
+    """What torch has of SyncBatchNorm on CUDA only, in plain words."""
+
+    @staticmethod
+    def batch_norm_stats(x, eps):
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        return mean, (var + eps).rsqrt()
+
+    @staticmethod
+    def batch_norm_gather_stats_with_counts(
+        x, means, invstds, running_mean, running_var, momentum, eps, counts
+    ):
+        weights = counts[:, None]
+        mean = (means * weights).sum(0) / counts.sum().clamp(min=1)
+        squares = invstds**-2 - eps + (means - mean) ** 2
+        total = (squares * weights).sum(0)
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(total / (counts.sum() - 1), momentum)
+        return mean, (total / counts.sum() + eps).rsqrt()
+
+    @staticmethod
+    def batch_norm_elemt(x, weight, bias, mean, invstd, eps):
+        shape = 1, -1, 1, 1
+        normal = (x - mean.view(shape)) * invstd.view(shape)
+        return normal * weight.view(shape) + bias.view(shape)
+
+    @staticmethod
+    def batch_norm_backward_reduce(grad, x, mean, invstd, weight, *_):
+        dims, shape = (0, 2, 3), (1, -1, 1, 1)
+        products = (grad * (x - mean.view(shape))).sum(dims)
+        return grad.sum(dims), products, products * invstd, grad.sum(dims)
+
+    @staticmethod
+    def batch_norm_backward_elemt(
+        grad, x, mean, invstd, weight, sums, products, counts
+    ):
+        shape, count = (1, -1, 1, 1), counts.sum()
+        along = (products * invstd**2 / count).view(shape)
+        rest = grad - (sums / count).view(shape)
+        rest = rest - (x - mean.view(shape)) * along
+        return rest * (invstd * weight).view(shape)
+
+
+def run_kernels(rank):
+    """A usual batch, then ones of few values, through both functions."""
+    for name in vars(Kernels):
+        if name.startswith('batch_norm'):
+            setattr(torch, name, getattr(Kernels, name))
+    found = []
+    for function in (sync_batch_norm, group_batch_norm):
+        layer = with_some_weights(nn.BatchNorm2d(CHANNELS))
+        found.append([])
+        for images in ((2, 2), *FEW_VALUES):
+            layer.zero_grad()
+            x = plain_input(rank, 0, 'equal')[: images[rank % 2]]
+            x = x[..., :1, :1] if images in FEW_VALUES else x
+            x = x.clone().requires_grad_()
+            output = function(
+                *(x, layer.weight, layer.bias),
+                *(layer.running_mean, layer.running_var, layer.eps, 0.1),
+                *(rank_group(2), 2),
+            )
+            some_loss(output).backward()
+            found[-1] += [output.detach(), x.grad if len(x) else None]
+            found[-1] += [b.clone() for b in layer.buffers()]
+            found[-1] += [p.grad for p in layer.parameters() if len(x)]
+    return found
+
+
+#: Of the ranks of a group, images of one value each.
+FEW_VALUES = [(0, 0), (0, 1)]
 REFUSALS = {
     'no multiple': (dict(bn_size=3), None, [2] * 4),
     'larger than a machine': (dict(bn_size=8), '2', [2] * 4),
@@ -274,6 +368,7 @@ REFUSALS = {
     'smaller than a rank': (dict(bn_size=1), None, [2] * 4),
     'unequal batches': (dict(bn_size=4), None, [2, 2, 3, 2]),
     'explicit': (dict(bn_size=4, images_per_rank=3), None, [2] * 4),
+    'empty': (dict(bn_size=4), None, [0] * 4),
     'given': (dict(bn_size=4, images_per_rank=2), '2', [2, 5, 3, 2]),
 }
 
@@ -305,6 +400,13 @@ def run_all(rank, world_size):
     results['checkpointed'] = run_checkpointed(rank)
     results['net'] = run_net(rank, world_size)
     results['narrow'] = run_narrow(rank)
+    results['few values'] = {
+        (images, compiled): run_empty(rank, images, compiled)
+        for images in FEW_VALUES
+        for compiled in (False, True)
+    }
+    if not torch.cuda.is_available():
+        results['kernels'] = run_kernels(rank)  # last, as it changes torch
     if world_size == 4:
         results['refusals'] = run_refusals(rank)
     return results
@@ -366,6 +468,42 @@ def test_bfloat16_is_summed_in_float32(results):
         torch.testing.assert_close(var, layer.running_var)
 
 
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('images', FEW_VALUES)
+def test_too_few_values_leave_running_statistics(results, images, compiled):
+    """As those of BatchNorm2d stay, which counts an empty batch too."""
+    plain = with_some_weights(nn.BatchNorm2d(CHANNELS))
+    plain(torch.cat([plain_input(r, 0, 'equal') for r in (0, 1)]))
+    plain(torch.ones(0, CHANNELS, 1, 1, dtype=torch.float64))
+    for rank, found in enumerate(r['few values'] for r in results):
+        output, (before, after), grads = found[images, compiled]
+        assert output.shape == (images[rank % 2], CHANNELS, 1, 1)
+        # one value is its own mean
+        assert torch.equal(
+            output, after['bias'].view(1, -1, 1, 1) + output * 0
+        )
+        for name in ('running_mean', 'running_var'):
+            assert torch.equal(before[name], after[name])
+            if rank < 2:
+                torch.testing.assert_close(
+                    after[name], plain.state_dict()[name]
+                )
+        assert torch.equal(
+            after['num_batches_tracked'], plain.num_batches_tracked
+        )
+        for grad in grads:
+            assert grad.isfinite().all()
+
+
+def test_torchs_function_keeps_running_statistics_too(results):
+    if torch.cuda.is_available():
+        pytest.skip('all of this file is by its kernels here')
+    for sync, ours in (r['kernels'] for r in results):
+        assert len(sync) == len(ours)
+        for theirs, expected in zip(sync, ours):
+            torch.testing.assert_close(theirs, expected)
+
+
 def test_impossible_groups_are_refused_on_all_ranks(results):
     if len(results) != 4:
         pytest.skip('for 4 ranks')
@@ -379,3 +517,4 @@ def test_impossible_groups_are_refused_on_all_ranks(results):
     assert 'write one of 2, 4, or' in first['larger than a machine']
     assert 'write one of 3, 6, 12, or' in first['explicit']
     assert 'write images_per_rank=N' in first['unequal batches']
+    assert 'write images_per_rank=N' in first['empty']

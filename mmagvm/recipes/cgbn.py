@@ -14,6 +14,7 @@ from torch.autograd import Function
 # and the layer's process group could not be copied, as EMAHook copies models
 from torch.nn.modules._functions import SyncBatchNorm as SyncBatchNormFunction
 
+from mmagvm.core.graphs import outside_of_graphs
 from mmagvm.recipes.registry import register
 
 
@@ -38,7 +39,9 @@ class CGBN(nn.BatchNorm2d):
 
     The group is settled in a layer's first training forward, with
     collectives: a layer that trains must see a batch on every rank, as with
-    SyncBN.
+    SyncBN, though it may be empty, as that of a RoI head. Running statistics
+    stay as they are where a group has fewer than two values of a channel.
+    torch.compile leaves the layer out of its graphs where there are groups.
 
     Args:
         num_features: Channels.
@@ -79,6 +82,11 @@ class CGBN(nn.BatchNorm2d):
         """Normalize, in training by the statistics of the group."""
         if not (self.training and dist.is_available() and _world_size() > 1):
             return super().forward(input)
+        return self._group_forward(input)
+
+    # collectives that make groups are no part of a graph
+    @outside_of_graphs
+    def _group_forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         if self._ranks is None:
             self._ranks = ranks_in_group(
@@ -86,9 +94,7 @@ class CGBN(nn.BatchNorm2d):
             )
         if self._ranks == 1:
             return super().forward(input)
-        normalize = (
-            SyncBatchNormFunction.apply if input.is_cuda else group_batch_norm
-        )
+        normalize = sync_batch_norm if input.is_cuda else group_batch_norm
         output: Tensor = normalize(
             input,
             self.weight,
@@ -151,21 +157,65 @@ def group_batch_norm(
 
     count = x.new_tensor([x.numel() // x.size(1)])
     sums = _GroupSum.apply(torch.cat([x.sum(dims), count]), group)
-    count, mean = sums[-1].detach(), sums[:-1] / sums[-1].detach()
+    # no rank may have a value: then there is nothing to normalize
+    count = sums[-1].detach()
+    mean = sums[:-1] / count.clamp(min=1)
     centred = x - by_channel(mean)
-    var = _GroupSum.apply(centred.square().sum(dims), group) / count
+    squares = _GroupSum.apply(centred.square().sum(dims), group)
+    var = squares / count.clamp(min=1)
     output = centred * by_channel((var + eps).rsqrt())
     if weight is not None:
         output = output * by_channel(weight)
     if bias is not None:
         output = output + by_channel(bias)
+    unbiased = var * count / (count - 1).clamp(min=1)
     with torch.no_grad():
-        if running_mean is not None:
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        if running_var is not None:
-            unbiased = var * count / (count - 1)
-            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        for running, new in ((running_mean, mean), (running_var, unbiased)):
+            if running is not None:
+                averaged = running.lerp(new.to(running.dtype), momentum)
+                running.copy_(torch.where(count > 1, averaged, running))
     return output.to(input.dtype)
+
+
+class _CountingSyncBatchNorm(SyncBatchNormFunction):  # type: ignore[misc]
+    """torch's function, which also tells how many values it has seen."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tuple[Tensor, Tensor]:
+        output = SyncBatchNormFunction.forward(ctx, *args)
+        *_, counts = ctx.to_save
+        total = counts.sum()
+        ctx.mark_non_differentiable(total)
+        return output, total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        return SyncBatchNormFunction.backward(ctx, grad)
+
+
+def sync_batch_norm(
+    input: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    *args: Any,
+) -> Tensor:
+    """:func:`group_batch_norm` by torch's CUDA kernels.
+
+    These would divide by zero, into the running statistics, where the group
+    has no or one value.
+    """
+    kept = [
+        None if b is None else b.clone() for b in (running_mean, running_var)
+    ]
+    output, count = _CountingSyncBatchNorm.apply(
+        input, weight, bias, running_mean, running_var, *args
+    )
+    for running, old in zip((running_mean, running_var), kept):
+        if running is not None and old is not None:
+            running.copy_(torch.where(count > 1, running, old))
+    return output
 
 
 class _GroupSum(Function):
@@ -195,7 +245,7 @@ def ranks_in_group(bn_size: int, images_per_rank: int) -> int:
     seen: List[Any] = [None] * _world_size()
     dist.all_gather_object(seen, (images_per_rank, _machine()))
     images = sorted({images for images, _ in seen})
-    if len(images) > 1:
+    if len(images) > 1 or images[0] == 0:
         raise ValueError(
             f'bn_size={bn_size} in norm_cfg of CGBN: the ranks hand '
             f'{images[0]} to {images[-1]} inputs to the same layer, so what '
