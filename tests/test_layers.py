@@ -8,7 +8,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: From the bottom to the top; each may import itself and what is before it.
 ROOMS = [
-    ('mmagvm.version', 'mmagvm.errors', 'mmagvm.markdown'),
+    (
+        *('mmagvm.version', 'mmagvm.errors'),
+        *('mmagvm.markdown', 'mmagvm.strict_json'),
+    ),
     ('mmagvm.core',),
     ('mmagvm.recipes', 'mmagvm.datasets'),
     ('mmagvm.engine',),

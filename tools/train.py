@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
         '--auto-scale-lr',
         action='store_true',
         help="scale the learning rate by MMEngine's linear rule, from the "
-        "config's auto_scale_lr.base_batch_size",
+        "config's auto_scale_lr.base_batch_size; leaves out accumulation",
     )
     return parser.parse_args()
 

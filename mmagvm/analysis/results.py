@@ -54,12 +54,3 @@ def _cell(value: Any) -> str:
     if value is None or value != value:
         return '-'
     return f'{value:.3f}' if isinstance(value, float) else str(value)
-
-
-def without_nan(value: Any) -> Any:
-    """The same for JSON, which has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, float) and not abs(value) < float('inf'):
-        return None
-    return value

@@ -65,15 +65,23 @@ class Run:
 
         Before its first measurement AGVM logs 1 for everything, and after a
         measurement it logs the same until the next one: of each measurement
-        the first line counts. NaN and infinity stay in.
+        the first line counts. NaN and infinity stay in; a noise scale that a
+        line lacks, while it has others, is infinite.
         """
-        found = {}
-        for module in self.modules:
-            if f'agvm_{quantity}/{module}' in self.series:
-                steps, values = self.series[f'agvm_{quantity}/{module}']
-                new = np.isin(steps, self._measured_steps())
-                found[module] = (steps[new], values[new])
-        return found
+        found = {
+            module: self.series[f'agvm_{quantity}/{module}']
+            for module in self.modules
+            if f'agvm_{quantity}/{module}' in self.series
+        }
+        if quantity == 'noise_scale' and found:
+            lines = np.unique(np.concatenate([at for at, _ in found.values()]))
+            found = {m: _filled(s, lines) for m, s in found.items()}
+        measured = self._measured_steps()
+        return {
+            module: (steps[new], values[new])
+            for module, (steps, values) in found.items()
+            for new in [np.isin(steps, measured)]
+        }
 
     def _measured_steps(self) -> np.ndarray:
         """Logged steps with a measurement since the one before."""
@@ -86,6 +94,12 @@ class Run:
         new = (np.diff(counts, prepend=0) != 0) & (counts > 0)
         measured: np.ndarray = steps[new]
         return measured
+
+
+def _filled(series: Series, lines: np.ndarray) -> Series:
+    """A series with infinity at those lines that it is not in."""
+    known = dict(zip(*series))
+    return lines, np.array([known.get(step, np.inf) for step in lines])
 
 
 def load_run(work_dir: Path) -> Run:

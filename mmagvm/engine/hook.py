@@ -92,17 +92,16 @@ class AGVMHook(Hook):
             )
         for line in describe(wrapper):
             runner.logger.info(line)
-        untold = too_few_due(
-            agvm,
-            (runner.max_iters - runner.iter) // wrapper.accumulative_counts,
-        )
-        if untold is not None:
-            runner.logger.warning(f'AGVM: {untold}')
-        tell_auto_scale_lr(runner, wrapper.accumulative_counts)
+        to_come = runner.max_iters - runner.iter
+        for warning in (
+            too_few_due(agvm, to_come // wrapper.accumulative_counts),
+            forgotten_accumulation(wrapper, runner),
+            *taken,
+        ):
+            if warning is not None:
+                runner.logger.warning(f'AGVM: {warning}')
         for repair in host.repairs:
             runner.logger.info(f'AGVM: repaired in the host: {repair}')
-        for sentence in taken:
-            runner.logger.warning(f'AGVM: {sentence}')
         warmup = warmup_updates(
             runner.param_schedulers or [],
             len(runner.train_dataloader),
@@ -245,20 +244,23 @@ def chart_modules_together(
             backend.experiment.add_custom_scalars({'AGVM': charts})
 
 
-def tell_auto_scale_lr(runner: Runner, accumulative_counts: int) -> None:
-    """Warn where MMEngine's scaled learning rate forgets accumulation."""
+def forgotten_accumulation(
+    wrapper: AGVMOptimWrapper, runner: Runner
+) -> Optional[str]:
+    """What MMEngine's auto_scale_lr leaves out of the batch, if anything."""
     auto = getattr(runner, 'auto_scale_lr', None) or {}
-    if not auto.get('enable') or accumulative_counts == 1:
-        return
-    base = float(auto['base_batch_size'])
-    runner.logger.warning(
-        'AGVM: auto_scale_lr has scaled the learning rate by ranks x images '
-        f'/ {base:g}, which leaves out accumulative_counts='
-        f'{accumulative_counts}: for the whole batch it would be '
-        f'{accumulative_counts} times as large: set '
-        'auto_scale_lr.base_batch_size='
-        f'{base / accumulative_counts:g}, or write the learning rate yourself '
-        'with auto_scale_lr.enable=False'
+    count = wrapper.accumulative_counts
+    images = getattr(runner.train_dataloader, 'batch_size', None)
+    if not auto.get('enable') or count == 1 or not images:
+        return None
+    base, batch = auto['base_batch_size'], runner.world_size * images
+    return (
+        f'auto_scale_lr with base_batch_size={base} has multiplied the '
+        f'learning rate by {batch / base:.4g}, for {batch} images, and leaves '
+        f'out accumulative_counts={count}: an update has {batch * count} '
+        f'images, which would make it {batch * count / base:.4g}: set '
+        f'auto_scale_lr.base_batch_size={base / count:.6g}, or '
+        f'optim_wrapper.optimizer.lr to {count} times of what it is'
     )
 
 

@@ -1,14 +1,14 @@
 """Writes the results of runs as rows, all of it read from their logs."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from mmagvm.analysis.results import markdown, result, without_nan
+from mmagvm.analysis.results import markdown, result
 from mmagvm.analysis.run_log import load_runs
 from mmagvm.analysis.run_summary import main_metrics
 from mmagvm.errors import command
+from mmagvm.strict_json import to_json
 
 
 @command
@@ -23,7 +23,7 @@ def main() -> None:
     results = [result(run) for run in runs]
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps([without_nan(row) for row in results], indent=1)
+        text = to_json(results, indent=1)
         args.json.write_text(text + '\n')
         print(args.json, file=sys.stderr)
     print(markdown(results, main_metrics(runs)))

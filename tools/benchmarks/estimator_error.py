@@ -8,7 +8,6 @@ gradients together tell.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 from benchmarks.provenance import machine, versions
 from mmagvm.analysis.markdown import fill, table
 from mmagvm.core.functional import pairs_noise, pairs_variance, split_variance
+from mmagvm.strict_json import to_json
 
 ESTIMATORS = ('split', 'pairs')
 #: Okabe and Ito's colours, which the colour-blind tell apart, and markers for
@@ -363,7 +363,7 @@ def main() -> None:
     text = tables(results)
     print(text)
     out = args.out / 'estimator_error.json'
-    out.write_text(json.dumps(results, indent=1))
+    out.write_text(to_json(results, indent=1))
     plot = args.plot or args.out / 'estimator_error.png'
     draw(results).savefig(plot, dpi=130)
     print(f'\n{results["minutes"]:.1f} min; all figures in {out}, {plot}')

@@ -28,6 +28,7 @@ import mmagvm  # noqa: F401  registers SOAP and Muon
 from benchmarks.benchmark_models import build_model
 from benchmarks.provenance import machine, versions
 from mmagvm.analysis.markdown import fill, size, table
+from mmagvm.strict_json import to_json
 
 MODELS = {
     'Faster R-CNN R50': 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
@@ -224,7 +225,7 @@ def main() -> None:
             machine=machine(), versions=versions(), ranks=results, **settings
         )
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1))
+        args.out.write_text(to_json(report, indent=1))
     if args.markdown:
         fill(args.markdown, 'optimizer cost', text)
 

@@ -11,7 +11,6 @@ medians are shown next to it.
 
 import argparse
 import datetime
-import json
 import os
 import tempfile
 import time
@@ -34,6 +33,7 @@ from mmagvm.planning.time_model import (  # noqa: E402
     all_reduce_seconds,
     update_seconds,
 )
+from mmagvm.strict_json import to_json
 
 #: Bytes of the all-reduces that bandwidth and latency are taken from.
 SIZES = (4_000, 25 * 2**20)
@@ -275,7 +275,7 @@ def main() -> None:
         ranks=ranks,
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1))
+    args.out.write_text(to_json(results, indent=1))
     print(tell(results))
     if args.markdown:
         fill(args.markdown, 'plan_accuracy', tell(results))

@@ -30,6 +30,7 @@ from benchmarks.rank_cost import (
 )
 from mmagvm.analysis.markdown import fill, quartiles, size, table
 from mmagvm.analysis.statistics import ratio_summary, summary
+from mmagvm.strict_json import to_json
 
 #: Ratios this close to 1 count as 1, if all of their 95 % interval is.
 EQUAL = 0.02
@@ -492,7 +493,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 def save(results: Dict[str, Any], path: Path) -> None:
     """Write the results so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1))
+    path.write_text(to_json(results, indent=1))
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mmagvm.strict_json import to_json
 from study import prepare
 from study.plan import Result, Run, by_run, plan
 
@@ -67,7 +68,7 @@ def append(file: Path, result: Result) -> None:
             stream.seek(-1, os.SEEK_END)
             if stream.read(1) != b'\n':
                 stream.write(b'\n')
-        stream.write(json.dumps(result).encode() + b'\n')
+        stream.write(to_json(result).encode() + b'\n')
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from mmagvm.analysis.run_log import QUANTITIES, Series, load_run
 from mmagvm.analysis.run_summary import measurements, update_time
 from mmagvm.errors import command
+from mmagvm.strict_json import to_json
 from mmagvm.version import full_version
 from study.plan import Run, fingerprint
 from study.run_config import epoch_iterations, make_config
@@ -156,7 +157,7 @@ def main() -> None:
     study = Config.fromfile(args.study)
     run = Run.from_dict(json.loads(args.run))
     result = train(study, run, args.work_dir)
-    (args.work_dir / 'result.json').write_text(json.dumps(result))
+    (args.work_dir / 'result.json').write_text(to_json(result))
 
 
 if __name__ == '__main__':
