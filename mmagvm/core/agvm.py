@@ -9,10 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from mmagvm.core.functional import clip_divisor
-from mmagvm.core.grad_variance import GradVariance, build_grad_variance
+from mmagvm.core.grad_variance import (
+    GradVariance,
+    build_grad_variance,
+    refuse_sparse_gradients,
+)
 from mmagvm.core.graphs import outside_of_graphs
 from mmagvm.core.modulator import Modulator
 from mmagvm.core.settings import Settings
+from mmagvm.core.wrapped import optimizers_in
 
 logger = logging.getLogger('mmagvm')
 
@@ -117,12 +122,14 @@ class AGVM:
         self._micro_batches = 0  # of this update that are done
         self._stepped = False
         self._stepping = False
+        self._seen_gradients = False
         self._told_raw = False
         #: How many updates that were due are not measured, by the reason.
         self.missed: Counter[str] = Counter()
         self._why_not = NOT_BEGUN  # the update under way is not measured
         # a loss scaler may skip the step
-        optimizer.register_step_post_hook(self._note_step)
+        for stepping in optimizers_in(optimizer):
+            stepping.register_step_post_hook(self._note_step)
         if model is not None:
             self.attach(model)
 
@@ -197,6 +204,9 @@ class AGVM:
         Args:
             micro_batch: How many of this update's are done, from 1.
         """
+        if not self._seen_gradients:
+            self._seen_gradients = True
+            refuse_sparse_gradients(self.optimizer)
         if self._grad_variance is not None:
             self._grad_variance.after_backward(micro_batch)
 

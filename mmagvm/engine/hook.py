@@ -61,6 +61,13 @@ class AGVMHook(Hook):
         """Check the setting and describe it in the log."""
         wrapper = runner.optim_wrapper
         if not isinstance(wrapper, AGVMOptimWrapper):
+            if hasattr(wrapper, 'optim_wrappers'):
+                raise TypeError(
+                    'AGVMHook: optim_wrapper has several, '
+                    f'{list(wrapper.optim_wrappers)}, and AGVM modulates one '
+                    'optimizer of the whole model: write a single '
+                    'optim_wrapper, or remove AGVMHook'
+                )
             raise TypeError(
                 'AGVMHook: the optimizer wrapper of this run is '
                 f'{type(wrapper).__name__}, which does not modulate anything '

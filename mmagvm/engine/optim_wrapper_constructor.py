@@ -12,6 +12,7 @@ from torch import nn
 
 from mmagvm.core.grad_variance import refuse_sharded_model
 from mmagvm.core.modules import module_groups
+from mmagvm.core.wrapped import unwrapped
 from mmagvm.engine.host import keep_gradients_of_checkpointed_modules
 from mmagvm.engine.optim_wrapper import AGVMOptimWrapper
 from mmagvm.recipes.registry import register
@@ -73,7 +74,7 @@ class AGVMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """Build the optimizer wrapper of ``model``."""
         refuse_sharded_model(model)
         keep_gradients_of_checkpointed_modules()
-        model = getattr(model, 'module', model)
+        model = unwrapped(model)
         groups = module_groups(
             model, self.modules, self._options_of_params(model)
         )

@@ -177,7 +177,7 @@ def group_batch_norm(
     return output.to(input.dtype)
 
 
-class _CountingSyncBatchNorm(SyncBatchNormFunction):  # type: ignore[misc]
+class _CountingSyncBatchNorm(Function):
     """torch's function, which also tells how many values it has seen."""
 
     @staticmethod
@@ -209,6 +209,7 @@ def sync_batch_norm(
     kept = [
         None if b is None else b.clone() for b in (running_mean, running_var)
     ]
+    output: Tensor
     output, count = _CountingSyncBatchNorm.apply(
         input, weight, bias, running_mean, running_var, *args
     )

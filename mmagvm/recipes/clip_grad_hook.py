@@ -36,7 +36,14 @@ class ClipGradWindowHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Take the setting over."""
-        self._clip_grad = runner.optim_wrapper.clip_grad_kwargs
+        wrapper = runner.optim_wrapper
+        if hasattr(wrapper, 'optim_wrappers'):
+            raise ValueError(
+                'ClipGradWindowHook clips for one optimizer, and '
+                f'optim_wrapper has several, {list(wrapper.optim_wrappers)}: '
+                'remove the hook, or write a single optim_wrapper'
+            )
+        self._clip_grad = wrapper.clip_grad_kwargs
         if not self._clip_grad:
             raise ValueError(
                 'ClipGradWindowHook has nothing to clip by: set '

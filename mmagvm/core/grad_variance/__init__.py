@@ -1,7 +1,12 @@
 """Estimators of the gradient variance; the only user of torch.distributed."""
 
 from .base import GradVariance, Measurement
-from .build import ESTIMATORS, build_grad_variance, refuse_sharded_model
+from .build import (
+    ESTIMATORS,
+    build_grad_variance,
+    refuse_sharded_model,
+    refuse_sparse_gradients,
+)
 from .ranks import COMM_HOOKS
 
 __all__ = [
@@ -11,4 +16,5 @@ __all__ = [
     'Measurement',
     'build_grad_variance',
     'refuse_sharded_model',
+    'refuse_sparse_gradients',
 ]

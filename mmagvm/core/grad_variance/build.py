@@ -1,11 +1,18 @@
 """Picks the estimator that fits how a model is trained, or says why none."""
 
-from typing import Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from mmagvm.core.wrapped import (
+    called_by,
+    modules_in,
+    optimizers_in,
+    uncompiled,
+)
 
 from .base import GradVariance
 from .pairs import PairsMicroBatches, PairsRanks
@@ -23,10 +30,12 @@ SHARDED = (
     'DeepSpeedEngine',
     'MMDeepSpeedEngineWrapper',
     'FullyShardedDataParallel',
+    'ColossalAIModelWrapper',
+    'CollosalAIModelWrapper',
 )
 #: torch's modules of communication hooks that do not return the mean of the
 #: ranks' gradients.
-INEXACT_HOOKS = ('powerSGD_hook', 'post_localSGD_hook')
+INEXACT_HOOKS = ('powerSGD_hook', 'post_localSGD_hook', 'debugging_hooks')
 
 
 def build_grad_variance(
@@ -51,6 +60,7 @@ def build_grad_variance(
         ValueError: AGVM cannot measure in this setting; says what can.
     """
     refuse_sharded_model(model)
+    model = uncompiled(model)
     _refuse_sharded_state(optimizer)
     _refuse_sparse_gradients(model)
     over_ranks, over_micro_batches = ESTIMATORS[estimator]
@@ -79,27 +89,37 @@ def build_grad_variance(
 
 
 def refuse_sharded_model(model: nn.Module) -> None:
-    """Raise a ValueError if the model's wrapper keeps shards."""
-    wrappers = {cls.__name__ for cls in type(model).__mro__}
-    for name in SHARDED:
-        if name in wrappers:
-            raise ValueError(
-                f'AGVM does not support {name}, which keeps gradients and '
-                'optimizer in shards of its own: train with '
-                'MMDistributedDataParallel'
-            )
+    """Raise a ValueError if the model, or a part of it, is kept in shards.
+
+    A part without trainable parameters, such as a teacher, may be.
+    """
+    for part in modules_in(model):
+        names = {cls.__name__ for cls in type(part).__mro__}
+        for name in SHARDED:
+            if name in names and (
+                part is model
+                or any(p.requires_grad for p in part.parameters())
+            ):
+                raise ValueError(
+                    f'AGVM does not support {name}, which keeps gradients and '
+                    'optimizer in shards of its own: train with '
+                    'MMDistributedDataParallel'
+                )
 
 
 def _refuse_inexact_means(model: DistributedDataParallel) -> None:
     """Refuse what leaves a gradient that is not the mean over the ranks."""
-    for hook, _ in getattr(model, '_comm_hooks', ()):
-        if str(hook.__module__).rpartition('.')[2] in INEXACT_HOOKS:
-            raise ValueError(
-                'AGVM compares local gradients with their mean, and the '
-                f'communication hook {hook.__name__} returns something else: '
-                "leave it out, or set comm_hook='fp16' or 'bf16' in "
-                'optim_wrapper instead'
-            )
+    for hook, state in getattr(model, '_comm_hooks', ()):
+        # a hook may call another, whose state it is given
+        for part in (*called_by(hook), type(state)):
+            module = str(getattr(part, '__module__', ''))
+            if module.rpartition('.')[2] in INEXACT_HOOKS:
+                raise ValueError(
+                    'AGVM compares local gradients with their mean, and the '
+                    f'communication hook {_name(part)} returns something '
+                    "else: leave it out, or set comm_hook='fp16' or 'bf16' in "
+                    'optim_wrapper instead'
+                )
     ignored = sorted(
         name
         for name, param in model.module.named_parameters()
@@ -126,14 +146,39 @@ def _refuse_sparse_gradients(model: nn.Module) -> None:
             )
 
 
+def _name(function: Any) -> str:
+    return str(getattr(function, '__name__', type(function).__name__))
+
+
+def refuse_sparse_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Raise a ValueError if a gradient that is there is sparse."""
+    for group in optimizer.param_groups:
+        for i, param in enumerate(group['params']):
+            if param.grad is not None and param.grad.is_sparse:
+                names = group.get('param_names')
+                raise ValueError(
+                    'AGVM does not support sparse gradients, which '
+                    f'{names[i] if names else "a parameter"} has: set '
+                    'sparse=False where it is used'
+                )
+
+
 def _refuse_sharded_state(optimizer: torch.optim.Optimizer) -> None:
     groups = optimizer.param_groups
-    if any(type(p).__name__ == 'DTensor' for g in groups for p in g['params']):
+    if any(
+        'DTensor' in {cls.__name__ for cls in type(p).__mro__}
+        for g in groups
+        for p in g['params']
+    ):
         raise ValueError(
             'AGVM does not support sharded parameters (fully_shard): train '
             'with MMDistributedDataParallel'
         )
-    optimizers = {cls.__name__ for cls in type(optimizer).__mro__}
+    optimizers = {
+        cls.__name__
+        for inner in optimizers_in(optimizer)
+        for cls in type(inner).__mro__
+    }
     if 'ZeroRedundancyOptimizer' in optimizers:
         raise ValueError(
             'AGVM does not support ZeroRedundancyOptimizer: the state is '
