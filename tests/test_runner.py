@@ -1,6 +1,8 @@
 """The hook and a whole MMEngine run: what is told, logged and resumed."""
 
+import contextlib
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -12,18 +14,74 @@ from commands import load_checkpoint
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils.data import DataLoader, SequentialSampler
 from toy import MODULES
-from toy_runner import ITERATIONS, toy_cfg
+from toy_runner import ITERATIONS, ToyDataset, ToyModel, toy_cfg
 
+from mmagvm.analysis.run_log import load_run
 from mmagvm.engine import host as compat
+from mmagvm.engine.batch_size import count_images
 from mmagvm.engine.hook import useless_sync_bn
 from mmagvm.version import full_version
 
 # with both package sets
 pytestmark = pytest.mark.host
+
+
+@MODELS.register_module()
+class OwnTrainStep(ToyModel):
+    """Trains as it likes, in one of several ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        if way == 'own optimizer':
+            self.own = torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def train_step(self, data, optim_wrapper):
+        context = optim_wrapper.optim_context(self)
+        if self.way in ('no context', 'own step', 'own optimizer'):
+            context = contextlib.nullcontext()
+        with context:
+            loss = self(**data)['loss']
+        if self.way == 'infinite':
+            loss = loss * float('inf')
+        if self.way == 'no anchor':
+            loss = self.rpn_head(data['inputs'][:, :5]).sum()
+        if self.way in ('no context', 'infinite', 'no anchor'):
+            optim_wrapper.update_params(loss)
+            return dict(loss=loss)
+        loss.backward()
+        step = {
+            'own backward': optim_wrapper,
+            'own step': optim_wrapper.optimizer,
+            'own optimizer': getattr(self, 'own', None),
+        }[self.way]
+        step.step()
+        step.zero_grad()
+        return dict(loss=loss)
+
+
+@MODELS.register_module()
+class NoSignal(ToyModel):
+    """Where the neck is pulled to opposite sides by turns, later on."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, inputs, mode='loss'):
+        self.calls += 1
+        loss = super().forward(inputs)['loss']
+        if self.calls > 8:
+            sign = 1 - 2 * (self.calls % 2)
+            loss = sign * 100 * self.neck.weight.sum() + 0 * loss
+            loss = loss + self.backbone(inputs).sum()
+        return dict(loss=loss)
 
 
 @HOOKS.register_module()
@@ -382,6 +440,197 @@ def test_checkpoint_carries_no_series_of_agvm(tmp_path):
     ]
 
 
+def only_finite(text):
+    raise AssertionError(f'{text} is no JSON')
+
+
+def test_every_line_is_json(tmp_path):
+    """Also where no signal shows, so that the noise scale is infinite."""
+    cfg = toy_cfg(tmp_path / 'run', estimator='pairs', ema_decay=0.0)
+    cfg.model = dict(type='NoSignal')
+    runner = run(cfg)
+    assert runner.optim_wrapper.modulator.noise_scale['neck'] == float('inf')
+    scalars = Path(runner.log_dir) / 'vis_data' / 'scalars.json'
+    lines = [
+        json.loads(text, parse_constant=only_finite)
+        for text in scalars.read_text().splitlines()
+    ]
+    known = [line.get('agvm_noise_scale/neck') for line in lines]
+    assert known[0] == 1.0 and known[-1] is None
+    assert any(number not in (None, 1.0) for number in known)
+    assert 'agvm_noise_scale/backbone' in lines[-1]
+    found = load_run(Path(cfg.work_dir)).by_module('noise_scale')['neck'][1]
+    assert found[-1] == float('inf') and found.min() < float('inf')
+
+
+@pytest.mark.parametrize('counts', [1, 2])
+def test_learning_rate_that_forgets_accumulation_is_told(tmp_path, counts):
+    cfg = toy_cfg(tmp_path / 'run', max_epochs=1, accumulative_counts=counts)
+    cfg.auto_scale_lr = dict(enable=True, base_batch_size=16)
+    if counts == 1:
+        cfg.optim_wrapper = dict(optimizer=cfg.optim_wrapper.optimizer)
+        cfg.custom_hooks = []
+        assert 'leaves out accumulative_counts' not in log_of(run(cfg))
+        return
+    assert (
+        'base_batch_size=16 has multiplied the learning rate by 0.25, for 4 '
+        'images, and leaves out accumulative_counts=2: an update has 8 '
+        'images, which would make it 0.5: set '
+        'auto_scale_lr.base_batch_size=8, or'
+    ) in log_of(run(cfg))
+    cfg = toy_cfg(tmp_path / 'off', max_epochs=1)
+    cfg.auto_scale_lr = dict(enable=False, base_batch_size=16)
+    assert 'leaves out accumulative_counts' not in log_of(run(cfg))
+
+
+class Batches(torch.utils.data.Sampler):
+    """Batches of three, of which nothing tells so."""
+
+    def __init__(self, sampler):
+        self.count = len(sampler) // 3
+
+    def __iter__(self):
+        return iter(torch.arange(3 * self.count).view(-1, 3).tolist())
+
+    def __len__(self):
+        return self.count
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Makes its own batches."""
+
+    def __iter__(self):
+        return (dict(inputs=torch.randn(5, 6)) for _ in range(8))
+
+    def __len__(self):
+        return 8
+
+
+def small_loader(batches):
+    """Of the toy's images, as ``batches`` puts them together."""
+    if batches == 'stream':
+        return DataLoader(Stream(), batch_size=None)
+    sampler = SequentialSampler(ToyDataset())
+    if batches == 'untold':
+        sampler = Batches(sampler)
+    else:
+        sampler = MultiSize([range(4), range(4, 6)] * 4)
+    return DataLoader(ToyDataset(), batch_sampler=sampler)
+
+
+class MultiSize(list):
+    """As a sampler that takes turns between data sets."""
+
+    batch_size = [4, 2]
+
+
+@pytest.mark.parametrize(
+    'batches, images, told',
+    [
+        ('untold', 3, 'batch size 6 = 1 ranks x 3 images x 2 accumulated'),
+        ('stream', 5, 'batch size 10 = 1 ranks x 5 images x 2 accumulated'),
+        ('several', None, 'batch size unknown = 1 ranks x 4 or 2 images x 2'),
+    ],
+)
+def test_images_are_counted_where_the_loader_does_not_tell(
+    tmp_path, batches, images, told
+):
+    cfg = toy_cfg(tmp_path / 'run', max_epochs=1, estimator='pairs')
+    cfg.default_hooks.sampler_seed = None  # it expects MMEngine's samplers
+    runner = Runner(
+        model=dict(type='ToyModel'),
+        train_dataloader=small_loader(batches),
+        **{
+            key: value
+            for key, value in cfg.items()
+            if key not in ('model', 'train_dataloader')
+        },
+    )
+    runner.train()
+    assert told in log_of(runner)
+    agvm = runner.optim_wrapper.agvm
+    assert agvm.batch['images_per_rank'] == images
+    last = train_lines(runner)[-1]
+    if images is None:
+        assert 'so no noise scale is logged' in log_of(runner)
+        assert not [key for key in last if 'noise_scale' in key]
+    else:
+        assert last['agvm_noise_scale/neck'] == pytest.approx(
+            images * agvm.modulator.noise_scale['neck']
+        )
+
+
+class Sample:
+    """As a data sample of mmdet."""
+
+    def __init__(self, img_path):
+        self.img_path = img_path
+
+
+@pytest.mark.parametrize(
+    'batch, images',
+    [
+        (dict(inputs=torch.zeros(7, 3, 4, 4)), 7),
+        (dict(inputs=[torch.zeros(3, 4, 4)] * 2, data_samples=[1, 2]), 2),
+        (dict(inputs=torch.zeros(3, 4, 4)), None),  # one image, or three?
+        ([dict(inputs=0), dict(inputs=0), dict(inputs=0)], 3),
+        ([torch.zeros(6, 3, 4, 4), torch.zeros(6)], 6),
+        (dict(inputs=dict(img=[0, 0], points=[0, 0])), 2),
+        (dict(inputs=dict(img=[0, 0], points=[0])), None),
+        (
+            # as MultiBranch of mmdet fills branches
+            dict(
+                inputs=dict(sup=[0, None, None], student=[None, 0, 0]),
+                data_samples=dict(
+                    sup=[Sample('a'), None, None],
+                    student=[None, Sample('b'), Sample('c')],
+                ),
+            ),
+            3,
+        ),
+        (
+            dict(
+                inputs=dict(sup=[0], teacher=[0, 0], student=[0, 0]),
+                data_samples=dict(
+                    sup=[Sample('a')],
+                    teacher=[Sample('b'), Sample('c')],
+                    student=[Sample('c'), Sample('b')],
+                ),
+            ),
+            3,
+        ),
+        (dict(data_samples=dict(sup=[Sample(None)])), None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_images_of_a_batch(batch, images):
+    assert count_images(batch) == images
+
+
+def test_compiled_training_is_compiled_once(tmp_path):
+    """Whether updates are measured or not, and with the same numbers."""
+    graphs = []
+
+    @HOOKS.register_module(force=True)
+    class CountGraphs(Hook):
+        def after_train_iter(self, *args, **kwargs):
+            graphs.append(counters['stats']['unique_graphs'])
+
+    plain = run(toy_cfg(tmp_path / 'plain', interval=3, estimator='pairs'))
+    cfg = toy_cfg(tmp_path / 'run', interval=3, estimator='pairs')
+    cfg.compile = dict(backend='eager')
+    cfg.custom_hooks.append(dict(type='CountGraphs'))
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = run(cfg)
+    assert graphs[0] > 0
+    assert set(graphs) == {graphs[0]}
+    ours, theirs = (r.optim_wrapper.modulator for r in (compiled, plain))
+    assert ours.measured == 3
+    assert ours.history == theirs.history
+
+
 def test_another_batch_on_resume_is_told(tmp_path):
     cfg = toy_cfg(tmp_path / 'run')
     cfg.train_cfg.max_epochs = 1
@@ -401,6 +650,95 @@ def test_other_wrapper_is_refused_before_training(tmp_path):
     with pytest.raises(TypeError, match='is OptimWrapper, which does not'):
         run(cfg)
     assert not list((tmp_path / 'run').glob('*.pth'))
+
+
+@pytest.mark.parametrize(
+    'settings, told',
+    [
+        (dict(begin=9), 'begin=9 is behind the last update, 7, .*set .*begin'),
+        (dict(begin=8), 'begin=8 is behind the last update, 7, '),
+        (
+            dict(interval=99),
+            'interval=99 is not less than the 7 updates that are left .* so 1 '
+            'is measured: set optim_wrapper.interval',
+        ),
+        (dict(begin=0, interval=8), 'interval=8 .* the 8 .* 1 is measured'),
+        (
+            dict(begin=0, interval=8, optimizer='AdamW', estimator='pairs'),
+            'interval=8 .* none is measured',
+        ),
+        (
+            dict(
+                begin=0,
+                end=1,
+                interval=2,
+                optimizer='AdamW',
+                estimator='pairs',
+            ),
+            'begin=0, end=1 and interval=2 leave no update',
+        ),
+        (dict(begin=0, interval=7), None),
+        (dict(begin=7), None),
+        (dict(begin=0, end=1), None),
+    ],
+)
+def test_too_few_due_is_told_at_the_start(tmp_path, settings, told):
+    cfg = toy_cfg(tmp_path / 'run', **settings)
+    log = log_of(run(cfg))
+    start = log[: log.index('Epoch(train)')]
+    if told is None:
+        assert 'is measured: set' not in start and 'leave no' not in start
+    else:
+        assert re.search(f'WARNING - AGVM: {told}', start), start
+
+
+def test_resumed_behind_the_last_measurement_is_no_fault(tmp_path):
+    run(toy_cfg(tmp_path / 'run', max_epochs=1, begin=1, interval=2))
+    cfg = toy_cfg(tmp_path / 'run', begin=1, interval=99)
+    cfg.resume = True
+    cfg.experiment_name += '_resumed'
+    log = log_of(run(cfg))
+    assert 'measured: set' not in log and 'measured 0 of' not in log
+
+
+@pytest.mark.parametrize(
+    'way, at_once, at_the_end',
+    [
+        ('no context', True, 'train_step does not run the model inside of'),
+        ('own backward', True, "the loss's own backward"),
+        ('own step', True, "the optimizer's own step"),
+        ('own optimizer', False, 'the optimizer made no step'),
+        ('infinite', True, 'gradients were NaN or infinite .3 times'),
+        ('no anchor', False, 'the module that the others follow had no'),
+    ],
+)
+@pytest.mark.parametrize('estimator', ['pairs', 'split'])
+def test_nothing_measured_is_told(
+    tmp_path, way, at_once, at_the_end, estimator
+):
+    cfg = toy_cfg(tmp_path / 'run', max_epochs=1, estimator=estimator)
+    cfg.model = dict(type='OwnTrainStep', way=way)
+    log = log_of(run(cfg))
+    assert re.search(f'measured 0 of 4 updates, because {at_the_end}', log)
+    if at_once:
+        first = log.index('WARNING - AGVM: ', log.index('Epoch(train)') - 1000)
+        assert first < log.rindex('Epoch(train)')
+
+
+def test_what_was_not_due_is_told_at_the_end_too(tmp_path):
+    log = log_of(run(toy_cfg(tmp_path / 'run', max_epochs=1, begin=99)))
+    assert 'measured 0 of 4 updates, because none of them was due' in log
+    log = log_of(run(toy_cfg(tmp_path / 'usual', max_epochs=1)))
+    assert 'updates, because' not in log and 'not measured' not in log
+
+
+def test_updates_that_are_missed_are_told(tmp_path):
+    cfg = toy_cfg(
+        tmp_path / 'run', 'AdamW', max_epochs=1, begin=0, estimator='pairs'
+    )
+    assert 'are not measured: the optimizer had no state yet' in log_of(
+        run(cfg)
+    )
 
 
 def test_one_rank_without_accumulation_is_refused_before_training(tmp_path):

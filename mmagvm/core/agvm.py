@@ -27,6 +27,11 @@ NOT_BEGUN = (
     '(model), without MMEngine inside of agvm.micro_batch()'
 )
 PARTIAL = 'only a part of the micro-batches of an update came'
+OWN_BACKWARD = (
+    "the loss's own backward() is called: in train_step call "
+    'optim_wrapper.update_params(loss), or its backward(loss) and step(), '
+    'without MMEngine agvm.micro_batch()'
+)
 NO_STATE = (
     'the optimizer had no state yet to measure by, which it has after the '
     'first updates'
@@ -123,6 +128,8 @@ class AGVM:
         self._stepped = False
         self._stepping = False
         self._seen_gradients = False
+        self._backwards = 0  # of this update
+        self._last_begun = False  # the forward pass of its last micro-batch
         self._told_raw = False
         #: How many updates that were due are not measured, by the reason.
         self.missed: Counter[str] = Counter()
@@ -182,6 +189,7 @@ class AGVM:
                 number on their device. None for 1.
         """
         self._why_not = ''
+        self._backwards, self._last_begun = 0, False
         if self._grad_variance is not None and self.settings.is_due(
             self.update
         ):
@@ -192,6 +200,7 @@ class AGVM:
     @outside_of_graphs
     def before_last_forward(self) -> None:
         """Before the forward pass of the update's last micro-batch."""
+        self._last_begun = True
         if self._why_not == NOT_BEGUN:
             self._why_not = PARTIAL
         if self._grad_variance is not None and self._grad_variance.measuring:
@@ -207,6 +216,7 @@ class AGVM:
         if not self._seen_gradients:
             self._seen_gradients = True
             refuse_sparse_gradients(self.optimizer)
+        self._backwards += 1
         if self._grad_variance is not None:
             self._grad_variance.after_backward(micro_batch)
 
@@ -222,12 +232,23 @@ class AGVM:
         grad_variance = self._grad_variance
         if grad_variance is None or not grad_variance.measuring:
             return
+        if self._unseen():
+            grad_variance.measuring = False
+            return
         measurement = grad_variance.measure(self._clip_divisor(clip_grad))
         known = self.modulator.measured
         self.modulator.update(self.update, measurement)
         if self.modulator.measured == known:
             self._why_not = NO_ANCHOR if measurement.finite else NOT_FINITE
         self._tell_raw(grad_variance)
+
+    def _unseen(self) -> bool:
+        """Whether gradients came by another way than the one announced."""
+        if self.world_size == 1 and self._backwards == 0:
+            self._why_not = OWN_BACKWARD
+        elif self.world_size > 1 and not self._last_begun:
+            self._why_not = PARTIAL
+        return bool(self._why_not)
 
     def _clip_divisor(
         self, clip_grad: Optional[Dict[str, Any]]
@@ -296,11 +317,12 @@ class AGVM:
         """Count the update that is done, if it was due and not measured."""
         if self._why_not and self.settings.is_due(self.update):
             self.missed[self._why_not] += 1
-            if self._why_not == NOT_BEGUN and self.missed[NOT_BEGUN] == 1:
+            told = self.missed[self._why_not] > 1
+            if self._why_not in (NOT_BEGUN, OWN_BACKWARD) and not told:
                 logger.warning(
                     'update %d was due and is not measured, because %s',
                     self.update,
-                    NOT_BEGUN,
+                    self._why_not,
                 )
         self._why_not = NOT_BEGUN
 
