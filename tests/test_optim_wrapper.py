@@ -1,5 +1,7 @@
 """The wrapper in one process: refusals, steps, micro-batches."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from benchmarks.counters import Profile
@@ -99,6 +101,94 @@ def test_sharding_wrappers_are_refused_by_name(name):
     model.module = make_model()  # wrapped before the optimizer is built
     with pytest.raises(ValueError, match=f'does not support {name}'):
         build_optim_wrapper(model, wrapper_cfg())
+
+
+def sharded_layer():
+    return type('MMFullyShardedDataParallel', (FullySharded,), {})()
+
+
+class FullySharded(nn.Linear):
+    """As torch's, by its name."""
+
+    def __init__(self):
+        super().__init__(5, 5)
+
+
+FullySharded.__name__ = 'FullyShardedDataParallel'
+
+
+class Engine:
+    """As MMEngine's wrappers of engines, no module but with one in it."""
+
+    def __init__(self, model):
+        self.engine = model
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+
+def test_sharded_parts_are_refused_too():
+    model = make_model()
+    model.neck = nn.Sequential(model.neck, nn.Sequential(sharded_layer()))
+    message = 'does not support FullyShardedDataParallel'
+    for wrapped in (model, torch.compile(model), Engine(model)):
+        with pytest.raises(ValueError, match=message):
+            build_optim_wrapper(wrapped, wrapper_cfg())
+        with pytest.raises(ValueError, match=message):
+            build().initialize_count_status(wrapped, 0, 10)
+    model.neck[1].requires_grad_(False)  # as a teacher's are
+    build(model).initialize_count_status(model, 0, 10)
+
+
+class Ahead(torch.optim.Optimizer):
+    """Steps by another optimizer, as Lookahead does."""
+
+    def __init__(self, optimizer):
+        self.inner = [optimizer]
+        self.param_groups = optimizer.param_groups
+        self.state = optimizer.state
+        self.defaults = optimizer.defaults
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+
+    def step(self):
+        self.inner[0].step()
+
+
+def test_optimizer_in_an_optimizer_is_seen():
+    model = make_model()
+    inner = build(model).optimizer
+    wrapper = AGVMOptimWrapper(Ahead(inner), accumulative_counts=2, interval=1)
+    train(model, wrapper, 3, accumulation=2)
+    assert wrapper.agvm.update == wrapper.modulator.measured == 3
+    assert not wrapper.agvm.missed
+    zero = type('ZeroRedundancyOptimizer', (torch.optim.SGD,), {})
+    inner = zero(inner.param_groups, lr=0.1)
+    wrapper = AGVMOptimWrapper(Ahead(inner), accumulative_counts=2)
+    with pytest.raises(ValueError, match='support ZeroRedundancyOptimizer'):
+        wrapper.initialize_count_status(model, 0, 10)
+
+
+def test_compiled_model_is_opened():
+    """Its parameters' names do not tell of the compiler."""
+    model = make_model()
+    compiled = torch.compile(model, backend='eager')
+    wrapper = build(compiled, interval=1)
+    assert wrapper.modulator.modules == build().modulator.modules
+    assert wrapper.parameter_names == [n for n, _ in model.named_parameters()]
+    train(compiled, wrapper, 2, accumulation=2)
+    assert wrapper.modulator.measured == 2
+
+
+def test_sparse_gradients_of_functions_are_refused():
+    model = make_model()
+    wrapper = build(model, begin=3)
+    with pytest.raises(ValueError, match='which neck.weight has: set sparse'):
+        with wrapper.optim_context(model):
+            rows = nn.functional.embedding(
+                torch.tensor([0, 1]), model.neck.weight, sparse=True
+            )
+        wrapper.update_params(rows.sum())
 
 
 def test_sparse_gradients_are_refused():

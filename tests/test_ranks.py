@@ -1,5 +1,7 @@
 """Data-parallel ranks over gloo against the oracle and against plain DDP."""
 
+import functools
+
 import pytest
 import torch
 from mmengine.model import MMSeparateDistributedDataParallel
@@ -10,6 +12,7 @@ from test_matrix_optimizers import UPDATES as SHARED_UPDATES
 from test_matrix_optimizers import share_work, trained
 from test_preconditioner import check, measured_and_expected
 from torch.distributed.algorithms.ddp_comm_hooks import (
+    debugging_hooks,
     default_hooks,
     powerSGD_hook,
 )
@@ -237,6 +240,40 @@ def refuse_inexact_means(rank, world_size):
     )
     with pytest.raises(ValueError, match='powerSGD_hook .*leave it out'):
         train(ddp, build_optim_wrapper(model, wrapper_cfg()), 1, rank)
+    for state, hook in (
+        *(
+            (powerSGD_hook.PowerSGDState(None), inside)
+            for inside in (
+                default_hooks.fp16_compress_wrapper(
+                    default_hooks.bf16_compress_wrapper(
+                        powerSGD_hook.powerSGD_hook
+                    )
+                ),
+                functools.partial(powerSGD_hook.powerSGD_hook),
+                named_hook,
+                HookObject(powerSGD_hook.batched_powerSGD_hook),
+            )
+        ),
+        (None, calling_hook),
+        (None, debugging_hooks.noop_hook),
+    ):
+        ddp = parallel(make_model())
+        # not registered, as torch asks hooks for names and types
+        ddp._comm_hooks.append((hook, state))
+        with pytest.raises(ValueError, match='_hook .*leave it out|State .*'):
+            train(ddp, build_optim_wrapper(ddp, wrapper_cfg()), 1, rank)
+    ddp = parallel(make_model())
+    averaging = default_hooks.fp16_compress_wrapper(
+        default_hooks.allreduce_hook
+    )
+    ddp.register_comm_hook(None, averaging)
+    train(ddp, build_optim_wrapper(ddp, wrapper_cfg()), 1, rank)
+    ddp = parallel(make_model())
+    compiled = torch.compile(ddp, backend='eager')
+    wrapper = build_optim_wrapper(compiled, wrapper_cfg(interval=1))
+    with torch._dynamo.config.patch(optimize_ddp=False):  # for large ones
+        train(compiled, wrapper, 1, rank)
+    assert wrapper.modulator.measured == 1
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         model, ['neck.weight']
     )
@@ -247,6 +284,25 @@ def refuse_inexact_means(rank, world_size):
     )
     with pytest.raises(ValueError, match='is a MMSeparateDistributed'):
         train(parts, build_optim_wrapper(model, wrapper_cfg()), 1, rank)
+
+
+def named_hook(state, bucket):
+    return default_hooks.allreduce_hook(None, bucket)
+
+
+def calling_hook(state, bucket):
+    return power_hook(state, bucket)
+
+
+power_hook = powerSGD_hook.powerSGD_hook
+
+
+class HookObject:
+    def __init__(self, hook):
+        self.hooks = [hook]
+
+    def __call__(self, state, bucket):
+        return self.hooks[0](state, bucket)
 
 
 def refuse_sharded_optimizer(rank, world_size):

@@ -14,6 +14,7 @@ from commands import load_checkpoint
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
@@ -653,6 +654,31 @@ def test_other_wrapper_is_refused_before_training(tmp_path):
 
 
 @pytest.mark.parametrize(
+    'hook, error',
+    [('AGVMHook', TypeError), ('ClipGradWindowHook', ValueError)],
+)
+def test_several_optimizers_are_refused_before_training(tmp_path, hook, error):
+    """Also where AGVM's wrapper is in MMEngine's dict of them."""
+    cfg = toy_cfg(tmp_path / 'run')
+    model = ToyModel()
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    cfg.custom_hooks = [dict(type=hook)]
+    if hook == 'ClipGradWindowHook':
+        cfg.custom_hooks[0].begin = 0
+    runner = Runner(
+        model=model,
+        optim_wrapper=OptimWrapperDict(first=wrapper),
+        **{
+            key: value
+            for key, value in cfg.items()
+            if key not in ('model', 'optim_wrapper', 'param_scheduler')
+        },
+    )
+    with pytest.raises(error, match=r"has several, \['first'\]"):
+        runner.train()
+
+
+@pytest.mark.parametrize(
     'settings, told',
     [
         (dict(begin=9), 'begin=9 is behind the last update, 7, .*set .*begin'),
@@ -769,6 +795,69 @@ def test_import_registers_and_needs_no_host():
         "assert not {'mmdet', 'mmseg', 'mmcv'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_taken_names_are_left_alone_and_told():
+    """In a project that has classes of these names, whatever they do."""
+    code = (
+        'import importlib, sys\n'
+        'from mmengine.registry import *\n'
+        'import mmengine.optim\n'
+        'TAKEN = {\n'
+        "    OPTIMIZERS: ['LARS', 'LAMB', 'PMDLAMB', 'SOAP', 'Muon'],\n"
+        "    HOOKS: ['AGVMHook', 'ClipGradWindowHook'],\n"
+        "    OPTIM_WRAPPERS: ['AGVMOptimWrapper', 'AGVMAmpOptimWrapper'],\n"
+        "    OPTIM_WRAPPER_CONSTRUCTORS: ['AGVMOptimWrapperConstructor'],\n"
+        "    PARAM_SCHEDULERS: ['ExponentialWarmupLR'],\n"
+        "    TRANSFORMS: ['LoadPanopticSegments'],\n"
+        "    MODELS: ['CGBN'],\n"
+        '}\n'
+        'theirs = {}\n'
+        'for registry, names in TAKEN.items():\n'
+        '    for name in names:\n'
+        '        theirs[name] = type(name, (), {})\n'
+        '        registry.register_module(module=theirs[name], force=True)\n'
+        'import mmagvm\n'
+        'for registry, names in TAKEN.items():\n'
+        '    for name in names:\n'
+        '        assert registry.get(name) is theirs[name], name\n'
+        "        ours = registry.get(f'mmagvm_{name}')\n"
+        "        assert ours.__module__.startswith('mmagvm.'), ours\n"
+        "print('once', file=sys.stderr)\n"
+        "for name in [n for n in sys.modules if n.startswith('mmagvm')]:\n"
+        '    del sys.modules[name]\n'
+        'import mmagvm\n'
+        "assert HOOKS.get('mmagvm_AGVMHook') is mmagvm.AGVMHook\n"
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code], text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    told = done.stderr.split('once')[0]
+    assert (
+        "type='LARS' of the optimizers is __main__.LARS in this project and "
+        'stays so: to have mmagvm.recipes.optimizers.LARS, write '
+        "type='mmagvm_LARS'"
+    ) in told
+    assert told.count('in this project and stays so') == 13
+
+
+def test_second_import_is_silent():
+    code = (
+        'import sys, mmagvm\n'
+        'from mmengine.registry import HOOKS, OPTIMIZERS\n'
+        "for name in [n for n in sys.modules if n.startswith('mmagvm')]:\n"
+        '    del sys.modules[name]\n'
+        'import mmagvm\n'
+        "assert HOOKS.get('AGVMHook') is mmagvm.AGVMHook\n"
+        'from mmagvm.recipes.registry import taken\n'
+        'assert not taken\n'
+        'assert not [n for n in OPTIMIZERS.module_dict if "mmagvm" in n]\n'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code], text=True, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, '')
 
 
 @pytest.mark.parametrize('version', ['mmengine', 'torch'])
