@@ -4,6 +4,8 @@ from unittest import mock
 
 import pytest
 import torch
+from commands import load_command
+from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from toy import make_batch, make_model, train, wrapper_cfg
 
@@ -132,3 +134,10 @@ def test_large_loss_scale_is_measured_like_none(estimator, optimizer):
     assert scaled.modulator.measured == plain.modulator.measured >= 2
     assert scaled.modulator.variance == plain.modulator.variance
     assert scaled.agvm.noise_scale == plain.agvm.noise_scale
+
+
+def test_several_optimizers_have_no_amp_switch():
+    cfg = Config(dict(optim_wrapper=dict(first=dict(optimizer={}))))
+    with pytest.raises(ValueError, match=r"--amp: .* several, \['first'\]"):
+        load_command('train.py').enable_amp(cfg)
+    assert 'type' not in cfg.optim_wrapper

@@ -386,6 +386,11 @@ def test_bad_arguments_are_refused(make, tmp_path, config, options, message):
     [
         ("optim_wrapper = dict(type='ApexOptimWrapper')", 'no AGVM counterp'),
         (
+            'optim_wrapper = dict(_delete_=True, first=dict(optimizer=dict('
+            "type='SGD', lr=1.0)))",
+            r"optim_wrapper has several, \['first'\]",
+        ),
+        (
             "optim_wrapper = dict(constructor='LayerDecay')",
             "constructor='LayerDecay' would be replaced",
         ),

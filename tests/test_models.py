@@ -1,14 +1,17 @@
 """Real models of mmdet and mmseg: modules and groups."""
 
 import pytest
-from mmdet.datasets.samplers import MultiDataAspectRatioBatchSampler
+from mmdet.datasets.samplers import (
+    AspectRatioBatchSampler,
+    MultiDataAspectRatioBatchSampler,
+)
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch.utils.data import DataLoader, SequentialSampler
 from toy import wrapper_cfg
 
-from mmagvm.engine.hook import images_per_rank
+from mmagvm.engine.batch_size import batch_sizes
 
 # with both package sets
 pytestmark = pytest.mark.host
@@ -132,9 +135,14 @@ def test_every_trainable_parameter_is_in_one_of_few_groups(
         assert len(groups) <= 12 * len(wrapper.modulator.modules)
 
 
-def test_one_batch_size_for_each_data_set_is_taken():
+def test_samplers_of_mmdet_tell_their_batch_sizes():
     sampler = MultiDataAspectRatioBatchSampler(
         SequentialSampler(range(8)), batch_size=[4, 2], num_datasets=2
     )
     loader = DataLoader(range(8), batch_sampler=sampler)
-    assert images_per_rank(loader) == 4
+    assert batch_sizes(loader) == [4, 2]
+    sampler = AspectRatioBatchSampler(SequentialSampler(range(8)), 3)
+    assert batch_sizes(DataLoader(range(8), batch_sampler=sampler)) == [3]
+    # as semi-supervised configs have it
+    assert batch_sizes(DataLoader(range(8), batch_size=5)) == [5]
+    assert batch_sizes(DataLoader(range(8), batch_size=None)) == []

@@ -47,6 +47,11 @@ def enable_amp(cfg: Config) -> None:
         AGVMOptimWrapper='AGVMAmpOptimWrapper',
         AGVMAmpOptimWrapper='AGVMAmpOptimWrapper',
     )
+    if 'optimizer' not in cfg.optim_wrapper:
+        raise UsageError(
+            f'--amp: optim_wrapper has several, {[*cfg.optim_wrapper]}: '
+            "write type='AmpOptimWrapper' in each, and train without --amp"
+        )
     plain = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if plain not in amp_of:
         raise UsageError(

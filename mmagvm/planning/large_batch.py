@@ -171,6 +171,11 @@ def check(cfg: Config) -> None:
                 'mmdet or mmseg'
             )
     wrapper = cfg.optim_wrapper
+    if 'optimizer' not in wrapper:
+        refuse(
+            f'optim_wrapper has several, {[*wrapper]}, and AGVM modulates one '
+            'optimizer of the whole model: write a single optim_wrapper'
+        )
     kind = wrapper.get('type', 'OptimWrapper')
     if kind not in WRAPPERS:
         refuse(
