@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from toy_runner import ITERATIONS, ToyDataset, ToyModel, toy_cfg
 from mmagvm.analysis.run_log import load_run
 from mmagvm.engine import host as compat
 from mmagvm.engine.batch_size import count_images
-from mmagvm.engine.hook import useless_sync_bn
+from mmagvm.engine.hook import innermost, useless_sync_bn
 from mmagvm.version import full_version
 
 # with both package sets
@@ -840,6 +841,41 @@ def test_taken_names_are_left_alone_and_told():
         "type='mmagvm_LARS'"
     ) in told
     assert told.count('in this project and stays so') == 13
+
+
+def test_names_that_are_taken_later_are_told():
+    """As always where this project's tools import a project of somebody."""
+    code = (
+        'import mmagvm\n'
+        'from mmengine.registry import OPTIMIZERS\n'
+        'OPTIMIZERS.register_module()(type("LARS", (), {}))\n'
+        "theirs = OPTIMIZERS.get('LARS')\n"
+        "assert theirs.__module__ == '__main__'\n"
+        "assert OPTIMIZERS.get('mmagvm_LARS').__module__[:6] == 'mmagvm'\n"
+        'try:\n'
+        '    OPTIMIZERS.register_module()(type("LARS", (), {}))\n'
+        'except KeyError: print("as ever")\n'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code], text=True, capture_output=True
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, 'as ever')
+    told = "type='LARS' of the optimizers is __main__.LARS in this project"
+    assert told in done.stdout + done.stderr
+
+
+def test_joined_data_sets_are_known_by_what_they_join():
+    class Inner:
+        pass
+
+    def joined(*datasets):
+        return SimpleNamespace(datasets=datasets)
+
+    one = Inner()
+    repeated = SimpleNamespace(dataset=joined(one, Inner()))
+    assert innermost(repeated) is innermost(joined(repeated, one)) is one
+    different = joined(one, 'another')
+    assert innermost(different) is different
 
 
 def test_second_import_is_silent():

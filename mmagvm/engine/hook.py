@@ -293,7 +293,7 @@ def describe_batch(
         'initial_lr', wrapper.param_groups[-1]['lr']
     )
     dataset, rule = find_rule(
-        optimizer, type(_innermost(runner.train_dataloader.dataset)).__name__
+        optimizer, type(innermost(runner.train_dataloader.dataset)).__name__
     )
     own = STUDY_RULES.get(optimizer)
     if not known:
@@ -359,7 +359,7 @@ def useless_sync_bn(model: nn.Module) -> List[str]:
     ]
 
 
-def _innermost(dataset: Any) -> Any:
+def innermost(dataset: Any) -> Any:
     """The data set inside wrappers such as RepeatDataset.
 
     Where several of a kind are joined, the first.
@@ -368,7 +368,7 @@ def _innermost(dataset: Any) -> Any:
         parts = getattr(dataset, 'datasets', None) or []
         if hasattr(dataset, 'dataset'):
             dataset = dataset.dataset
-        elif len({type(_innermost(part)) for part in parts}) == 1:
+        elif len({type(innermost(part)) for part in parts}) == 1:
             dataset = parts[0]
         else:
             return dataset

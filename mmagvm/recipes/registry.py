@@ -1,7 +1,8 @@
 """Registers this project's classes beside those of others."""
 
 import logging
-from typing import Any, Callable, List, TypeVar
+from functools import wraps
+from typing import Any, Callable, List, TypeVar, Union
 
 from mmengine.registry import Registry
 
@@ -17,8 +18,9 @@ def register(
 ) -> Callable[[Registered], Registered]:
     """A decorator that registers a class, unless its name is taken.
 
-    What somebody else registered stays, with a warning, and this project's
-    is found as ``mmagvm_<name>``. Importing this project twice is silent.
+    What somebody else has registered stays, and what somebody else registers
+    later takes the name, both with a warning; this project's is then found as
+    ``mmagvm_<name>``. Importing this project twice is silent.
 
     Args:
         registry: Where.
@@ -37,9 +39,39 @@ def register(
             _tell_taken(registry, key, theirs, ours)
             key = f'mmagvm_{key}'
         registry.register_module(name=key, module=ours, force=True)
+        _make_way(registry)
         return ours
 
     return decorate
+
+
+def _make_way(registry: Registry) -> None:
+    """Let names go to who registers them after this project, as tools do."""
+    plain = registry._register_module
+    if hasattr(plain, 'makes_way'):
+        return
+
+    @wraps(plain)
+    def register_module(
+        module: Any,
+        module_name: Union[str, List[str], None] = None,
+        force: bool = False,
+    ) -> None:
+        names = module_name or module.__name__
+        for key in [names] if isinstance(names, str) else names:
+            ours = registry.module_dict.get(key)
+            if (
+                ours is not None
+                and _is_of(ours, 'mmagvm')
+                and _full_name(ours) != _full_name(module)
+            ):
+                _tell_taken(registry, key, module, ours)
+                del registry.module_dict[key]
+                plain(ours, f'mmagvm_{key}', True)
+        plain(module, module_name, force)
+
+    vars(register_module)['makes_way'] = True
+    registry._register_module = register_module
 
 
 def _tell_taken(registry: Registry, key: str, theirs: Any, ours: Any) -> None:
