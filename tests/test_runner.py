@@ -16,11 +16,11 @@ from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict, build_optim_wrapper
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import DATA_SAMPLERS, HOOKS, MODELS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from toy import MODULES
 from toy_runner import ITERATIONS, ToyDataset, ToyModel, toy_cfg
 
@@ -480,9 +480,22 @@ def test_learning_rate_that_forgets_accumulation_is_told(tmp_path, counts):
         'images, which would make it 0.5: set '
         'auto_scale_lr.base_batch_size=8, or'
     ) in log_of(run(cfg))
+    cfg = toy_cfg(tmp_path / 'sampled', max_epochs=1)
+    cfg.auto_scale_lr = dict(enable=True, base_batch_size=16)
+    # as mmdet's configs, whose loaders do not know their batch size
+    cfg.train_dataloader.batch_sampler = dict(type='PlainBatches')
+    assert 'by 0.25, for 4 images, and leaves out' in log_of(run(cfg))
     cfg = toy_cfg(tmp_path / 'off', max_epochs=1)
     cfg.auto_scale_lr = dict(enable=False, base_batch_size=16)
     assert 'leaves out accumulative_counts' not in log_of(run(cfg))
+
+
+@DATA_SAMPLERS.register_module()
+class PlainBatches(BatchSampler):
+    """As torch's, from a config."""
+
+    def __init__(self, sampler, batch_size):
+        super().__init__(sampler, batch_size, drop_last=False)
 
 
 class Batches(torch.utils.data.Sampler):

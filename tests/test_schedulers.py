@@ -154,6 +154,15 @@ def test_gradients_are_clipped_in_the_window_only(
     assert clipped_iterations(cfg) == expected
 
 
+def test_window_behind_the_end_is_told(tmp_path):
+    assert clipped_iterations(clip_cfg(tmp_path, 16, None, max_epochs=2)) == []
+    (log,) = tmp_path.glob('*/*.log')
+    assert (
+        'WARNING - begin=16 of ClipGradWindowHook is behind the last '
+        'iteration, 15, so nothing is clipped: set begin to less'
+    ) in log.read_text()
+
+
 def test_window_is_kept_by_a_resumed_run(tmp_path):
     clipped_iterations(clip_cfg(tmp_path, 6, 11, max_epochs=1))
     cfg = clip_cfg(tmp_path, 6, 11, max_epochs=2)

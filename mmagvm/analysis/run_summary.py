@@ -51,10 +51,11 @@ def batch_size(run: Run) -> Optional[int]:
     """Images of an update, over all ranks; None if the log does not tell."""
     loader = (run.config or {}).get('train_dataloader') or {}
     ranks = [_search(log, r'^\s+GPU number: (\d+)$') for log in run.logs[-1:]]
-    if 'batch_size' not in loader or not ranks or not ranks[0]:
-        return None
+    images = loader.get('batch_size')
+    if not isinstance(images, int) or not ranks or not ranks[0]:
+        return None  # some loaders' batches are of no fixed size
     accumulated = run.setting('accumulative_counts', 1)
-    return int(loader['batch_size']) * int(ranks[0]) * int(accumulated)
+    return images * int(ranks[0]) * int(accumulated)
 
 
 def progress(run: Run) -> str:

@@ -257,10 +257,10 @@ def forgotten_accumulation(
     """What MMEngine's auto_scale_lr leaves out of the batch, if anything."""
     auto = getattr(runner, 'auto_scale_lr', None) or {}
     count = wrapper.accumulative_counts
-    images = getattr(runner.train_dataloader, 'batch_size', None)
-    if not auto.get('enable') or count == 1 or not images:
+    sizes = batch_sizes(runner.train_dataloader)
+    if not auto.get('enable') or count == 1 or not sizes:
         return None
-    base, batch = auto['base_batch_size'], runner.world_size * images
+    base, batch = auto['base_batch_size'], runner.world_size * sizes[0]
     return (
         f'auto_scale_lr with base_batch_size={base} has multiplied the '
         f'learning rate by {batch / base:.4g}, for {batch} images, and leaves '

@@ -50,6 +50,13 @@ class ClipGradWindowHook(Hook):
                 'clip_grad=dict(max_norm=...) in optim_wrapper'
             )
 
+        if self.begin >= runner.max_iters:
+            runner.logger.warning(
+                f'begin={self.begin} of ClipGradWindowHook is behind the last '
+                f'iteration, {runner.max_iters - 1}, so nothing is clipped: '
+                'set begin to less'
+            )
+
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
