@@ -15,6 +15,7 @@ from toy_runner import ITERATIONS, toy_cfg
 from mmagvm.analysis import figures, run_summary
 from mmagvm.analysis import report as page
 from mmagvm.analysis.run_log import load_run
+from mmagvm.strict_json import to_json
 
 collect_results, plot_variance, report = (
     load_command(f'analysis_tools/{name}.py')
@@ -484,3 +485,10 @@ def test_wandb_gets_the_series(tmp_path, monkeypatch):
         for tag in section:
             logged = run.series[tag][1].tolist()
             assert [scalars[tag] for scalars in sent] == logged
+
+
+def test_results_are_json_for_every_reader():
+    value = dict(a=[1, NAN, dict(b=-INF)], c=np.float64('inf'), d=(True, 'x'))
+    assert json.loads(to_json(value)) == dict(
+        a=[1, None, dict(b=None)], c=None, d=[True, 'x']
+    )

@@ -308,3 +308,38 @@ def test_all_that_is_logged():
         dict(ranks=1, images_per_rank=4, accumulative_counts=2)
     )
     assert loop.agvm.scalars()['agvm_noise_scale/neck'] == 4 * noise
+    loop.agvm.modulator._signal['neck'] = -1.0  # as noise may have it
+    assert loop.agvm.noise_scale['neck'] == float('inf')
+    assert set(scalars) - set(loop.agvm.scalars()) == {'agvm_noise_scale/neck'}
+    loop.agvm.set_batch(
+        dict(ranks=1, images_per_rank=None, accumulative_counts=2)
+    )
+    assert loop.agvm.noise_scale == {}
+
+
+def test_steps_that_are_not_measured_are_told(log):
+    loop = Loop(begin=1)
+    loop.train(2)
+    assert loop.agvm.why_missed() == ''
+    for _ in range(2):  # forgets agvm.micro_batch
+        loop.model(make_batch(0, 0, 0)).backward()
+        with loop.agvm.scaled_step():
+            loop.optimizer.step()
+    loop.optimizer.step()
+    told = [line for line in log if 'inside of agvm.micro_batch()' in line]
+    assert len(told) == 1 and 'update 3 was due and is not' in told[0]
+    assert 'a step is neither measured nor modulated' in log[-1]
+    reasons = loop.agvm.why_missed().split('; ')
+    assert [reason[-9:] for reason in reasons] == ['(1 times)'] * 2
+    assert loop.agvm.modulator.measured == 1
+
+
+def test_due_updates_are_those_that_are_due():
+    for begin, end, interval in ((0, None, 1), (3, 20, 4), (5, 6, 9)):
+        settings = Settings(begin=begin, end=end, interval=interval)
+        for first, last in ((0, 30), (4, 9), (7, 7), (25, 30), (9, 3)):
+            assert list(settings.due_between(first, last)) == [
+                update
+                for update in range(first, last)
+                if settings.is_due(update)
+            ]
