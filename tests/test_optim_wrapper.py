@@ -175,7 +175,7 @@ def test_compiled_model_is_opened():
     compiled = torch.compile(model, backend='eager')
     wrapper = build(compiled, interval=1)
     assert wrapper.modulator.modules == build().modulator.modules
-    assert wrapper.parameter_names == [n for n, _ in model.named_parameters()]
+    assert list(wrapper.parameters) == [n for n, _ in model.named_parameters()]
     train(compiled, wrapper, 2, accumulation=2)
     assert wrapper.modulator.measured == 2
 

@@ -10,14 +10,18 @@ from torch import Tensor, nn
 
 from mmagvm.core.functional import clip_divisor
 from mmagvm.core.grad_variance import (
+    NOT_MEASURED,
     GradVariance,
+    Measurement,
     build_grad_variance,
     refuse_sparse_gradients,
 )
 from mmagvm.core.graphs import outside_of_graphs
 from mmagvm.core.modulator import Modulator
+from mmagvm.core.modules import find_anchor, refuse_single_module
 from mmagvm.core.settings import Settings
-from mmagvm.core.wrapped import optimizers_in
+from mmagvm.core.thawed import NOT_AVERAGED, Thawed, frozen_in
+from mmagvm.core.wrapped import modules_in, optimizers_in
 
 logger = logging.getLogger('mmagvm')
 
@@ -43,6 +47,8 @@ OTHER_STEP = (
     'optim_wrapper.update_params(loss), or its backward(loss) and step(), '
     'without MMEngine agvm.step()'
 )
+#: Part of a module's squared gradient that may be lost on the way to others.
+LOST = 0.01
 
 
 class AGVM:
@@ -106,16 +112,16 @@ class AGVM:
         self.settings = settings or Settings()
         self.accumulation = accumulation
         self._group_modules = _group_modules(optimizer)
-        modules = list(dict.fromkeys(self._group_modules))
-        if self.settings.anchor not in modules:
-            raise ValueError(
-                f'anchor={self.settings.anchor!r} is no module with trainable '
-                f'parameters: set anchor to one of {modules}'
-            )
+        modules = list(
+            dict.fromkeys(m for m in self._group_modules if m is not None)
+        )
+        anchor = find_anchor(modules, self.settings.anchor)
+        if self.settings.modulate:
+            refuse_single_module(modules)
         low, high = self.settings.ratio_range
         self.modulator = Modulator(
             modules,
-            self.settings.anchor,
+            anchor,
             self.settings.ema_decay,
             self.settings.eps,
             (float(low), float(high)),
@@ -123,6 +129,9 @@ class AGVM:
         self.update = 0
         self.batch: Dict[str, Optional[int]] = {}
         self._model: Optional[nn.Module] = None
+        self._inside: Optional[nn.Module] = None  # last seen within it
+        self._frozen = frozen_in(optimizer)
+        self._thawed: Optional[Thawed] = None
         self._grad_variance: Optional[GradVariance] = None
         self._micro_batches = 0  # of this update that are done
         self._stepped = False
@@ -131,6 +140,7 @@ class AGVM:
         self._backwards = 0  # of this update
         self._last_begun = False  # the forward pass of its last micro-batch
         self._told_raw = False
+        self._told_lost = False
         #: How many updates that were due are not measured, by the reason.
         self.missed: Counter[str] = Counter()
         self._why_not = NOT_BEGUN  # the update under way is not measured
@@ -167,18 +177,43 @@ class AGVM:
 
     @outside_of_graphs
     def attach(self, model: nn.Module) -> None:
-        """See the model as training calls it; only the first one counts."""
-        if self._grad_variance is None:
-            modules = self.modulator.modules
-            self._model = model
-            self._grad_variance = build_grad_variance(
-                self.settings.estimator,
-                self.optimizer,
-                [modules.index(module) for module in self._group_modules],
-                model,
-                self.accumulation,
-                self.settings.comm_hook,
-            )
+        """See the model as training calls it.
+
+        What is inside of the model that was seen is the same one. Another
+        one, such as that model wrapped anew, takes its place, but not within
+        an update that is measured.
+
+        Raises:
+            ValueError: AGVM cannot measure with this model; says what can.
+        """
+        if model is self._model or model is self._inside or self.measuring:
+            return
+        if self._model is not None:
+            if any(part is model for part in modules_in(self._model)):
+                self._inside = model
+                return
+            logger.info('the model is another one, or wrapped anew')
+            self._frozen = frozen_in(self.optimizer)
+        modules = self.modulator.modules
+        grad_variance = build_grad_variance(
+            self.settings.estimator,
+            self.optimizer,
+            [
+                NOT_MEASURED if module is None else modules.index(module)
+                for module in self._group_modules
+            ],
+            model,
+            self.accumulation,
+            self.settings.comm_hook,
+        )
+        self._grad_variance, self._model, self._inside = (
+            grad_variance,
+            model,
+            None,
+        )
+        self._thawed = Thawed(
+            model, self.optimizer, self._frozen, grad_variance.world_size
+        )
 
     @outside_of_graphs
     def begin_update(self, loss_scale: Optional[Tensor] = None) -> None:
@@ -233,7 +268,7 @@ class AGVM:
         if grad_variance is None or not grad_variance.measuring:
             return
         if self._unseen():
-            grad_variance.measuring = False
+            grad_variance.drop()
             return
         measurement = grad_variance.measure(self._clip_divisor(clip_grad))
         known = self.modulator.measured
@@ -241,13 +276,19 @@ class AGVM:
         if self.modulator.measured == known:
             self._why_not = NO_ANCHOR if measurement.finite else NOT_FINITE
         self._tell_raw(grad_variance)
+        self._tell_lost(measurement)
 
     def _unseen(self) -> bool:
-        """Whether gradients came by another way than the one announced."""
+        """Whether gradients came by another way than the one announced.
+
+        Or are not what an update is of.
+        """
         if self.world_size == 1 and self._backwards == 0:
             self._why_not = OWN_BACKWARD
         elif self.world_size > 1 and not self._last_begun:
             self._why_not = PARTIAL
+        elif self._thawed is not None and self._thawed.spoil_the_mean():
+            self._why_not = NOT_AVERAGED
         return bool(self._why_not)
 
     def _clip_divisor(
@@ -287,6 +328,23 @@ class AGVM:
                 ', '.join(sorted(kept)),
             )
 
+    def _tell_lost(self, measurement: Measurement) -> None:
+        """Say once if gradients are too small for the type they are sent in."""
+        if measurement.lost is None or self._told_lost:
+            return
+        lost, module = measurement.lost.nan_to_num(0, 0).max(0)
+        if lost > LOST:
+            self._told_lost = True
+            logger.warning(
+                'float16, in which a communication hook sends gradients, '
+                'loses %.0f %% of the squared gradient of %s, whose elements '
+                'are too small for it: weights are not trained by it, and its '
+                "variance is wrong: set comm_hook='bf16' (with NCCL) or None "
+                'instead, or train with a loss scaler',
+                100 * lost.item(),
+                self.modulator.modules[int(module)],
+            )
+
     # -- the scaled step
 
     @contextmanager
@@ -304,7 +362,8 @@ class AGVM:
                 for group, lr, module in zip(
                     groups, saved, self._group_modules
                 ):
-                    group['lr'] = lr * scale[module]
+                    if module is not None:
+                        group['lr'] = lr * scale[module]
             yield
         finally:
             for group, lr in zip(groups, saved):
@@ -523,8 +582,8 @@ def scale_of(
     return scale
 
 
-def _group_modules(optimizer: torch.optim.Optimizer) -> List[str]:
-    """The module of every parameter group."""
+def _group_modules(optimizer: torch.optim.Optimizer) -> List[Optional[str]]:
+    """The module of every parameter group; None for one that has no mu."""
     if not all('module' in group for group in optimizer.param_groups):
         raise ValueError(
             'the parameters are not grouped by module: set '

@@ -1,10 +1,15 @@
 """Which parameters belong to which module."""
 
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from torch import nn
 
-#: Children of a model that are opened into their own children.
+#: The module that all others follow by default, at any depth.
+BACKBONE = 'backbone'
+#: What takes its place in a model that has none.
+ENCODER = 'image_encoder'
+#: Children of a model that are opened into their own children, beside those
+#: that hold a backbone.
 CONTAINERS = ('roi_head',)
 #: The module of all parameters outside every named one.
 OTHERS = 'others'
@@ -27,26 +32,46 @@ def module_groups(
             that occurs again, being shared, keeps its first options.
 
     Returns:
-        Groups of all trainable parameters, each in exactly one, one for each
+        Groups of all these parameters, each in exactly one, one for each
         distinct pair of a module and options, with ``module`` and
-        ``param_names``, sorted as ``modules`` are.
+        ``param_names``, sorted as ``modules`` are. Frozen parameters are in
+        them too, as a hook may unfreeze them; those of a module without
+        trainable ones come last, with None for ``module``.
 
     Raises:
         ValueError: A module has no trainable parameters.
     """
-    if modules is None:
-        modules = find_modules(model)
     if groups is None:
         groups = [dict(params=list(model.parameters()))]
+    groups = [{**group, 'params': list(group['params'])} for group in groups]
+    # a part that is frozen is none of the others
+    parts = list(_parts(model)) if modules is None else list(modules)
     names = {param: name for name, param in model.named_parameters()}
+    trained = {
+        _module_of(names[param], parts)
+        for group in groups
+        for param in group['params']
+        if param in names and param.requires_grad
+    }
+    empty = [m for m in modules or () if m not in trained]
+    if empty:
+        raise ValueError(
+            f'modules={parts} of AGVM: {empty} have no trainable '
+            f'parameters; the model has {find_modules(model)}'
+        )
     merged: Dict[Any, Dict[str, Any]] = {}
     for group in groups:
-        options = {k: v for k, v in group.items() if k != 'params'}
+        options = {
+            key: value
+            for key, value in group.items()
+            if key not in ('params', 'param_names', 'module')
+        }
         for param in group['params']:
             name = names.pop(param, None)
-            if name is None or not param.requires_grad:
+            if name is None:
                 continue
-            module = _module_of(name, modules)
+            part = _module_of(name, parts)
+            module = part if part in trained else None
             target = merged.setdefault(
                 (module, repr(sorted(options.items()))),
                 {'params': [], 'param_names': [], 'module': module, **options},
@@ -54,38 +79,75 @@ def module_groups(
             target['params'].append(param)
             target['param_names'].append(name)
 
-    order = [*modules, OTHERS]
-    found = sorted(merged.values(), key=lambda g: order.index(g['module']))
-    empty = [m for m in modules if m not in {g['module'] for g in found}]
-    if empty:
-        raise ValueError(
-            f'modules={list(modules)} of AGVM: {empty} have no trainable '
-            f'parameters; the model has {find_modules(model)}'
-        )
-    return found
+    order = [*parts, OTHERS, None]
+    return sorted(merged.values(), key=lambda g: order.index(g['module']))
 
 
 def find_modules(model: nn.Module) -> List[str]:
     """The modules that the paper tells apart, from a model's structure.
 
-    Every child with trainable parameters is one, ``roi_head`` opened into its
-    own children: all stages of a cascade's ``roi_head.bbox_head`` are one.
+    Every child with trainable parameters is one. ``roi_head`` is opened into
+    its own children: all stages of a cascade's ``roi_head.bbox_head`` are
+    one. So is a child that holds a backbone, at any depth: the student of a
+    semi-supervised detector, the detector of a tracker.
     """
     # a parameter that is shared has one name, in the module that comes first
     names = [n for n, p in model.named_parameters() if p.requires_grad]
-    prefixes = []
-    for name, child in model.named_children():
-        if name in CONTAINERS:
-            prefixes += [
-                f'{name}.{inner}' for inner, _ in child.named_children()
-            ]
-        else:
-            prefixes.append(name)
     return [
         prefix
-        for prefix in prefixes
+        for prefix in _parts(model)
         if any(name.startswith(f'{prefix}.') for name in names)
     ]
+
+
+def find_anchor(modules: Sequence[str], anchor: str = BACKBONE) -> str:
+    """The module that the others follow.
+
+    Args:
+        modules: Names of those that are modulated.
+        anchor: Its name. The default, which names none in a model whose
+            backbone is inside of something, stands for the first module
+            called ``backbone`` at any depth, else ``image_encoder``.
+
+    Raises:
+        ValueError: There is no such module; says which there are.
+    """
+    if anchor in modules:
+        return anchor
+    for wanted in (BACKBONE, ENCODER) if anchor == BACKBONE else ():
+        for module in modules:
+            if module.rpartition('.')[2] == wanted:
+                return module
+    raise ValueError(
+        f'anchor={anchor!r} is no module with trainable parameters: set '
+        f'anchor to one of {list(modules)}'
+    )
+
+
+def refuse_single_module(modules: Sequence[str]) -> None:
+    """Raise a ValueError if there is nothing that could follow the anchor."""
+    if len(modules) == 1:
+        raise ValueError(
+            f'{modules[0]!r} is the only module with trainable parameters, so '
+            'AGVM has none to modulate: name its parts by modules=[...] in '
+            'optim_wrapper, without MMEngine module_groups(model, [...]), or '
+            'set modulate=False'
+        )
+
+
+def _parts(parent: nn.Module, prefix: str = '') -> Iterator[str]:
+    """Names of the parts of a model, with or without parameters."""
+    for name, child in parent.named_children():
+        if name != BACKBONE and (
+            name in CONTAINERS
+            or any(
+                inner.rpartition('.')[2] == BACKBONE
+                for inner, _ in child.named_modules()
+            )
+        ):
+            yield from _parts(child, f'{prefix}{name}.')
+        else:
+            yield f'{prefix}{name}'
 
 
 def _module_of(name: str, modules: Sequence[str]) -> str:

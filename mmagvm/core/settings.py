@@ -27,7 +27,9 @@ class Settings:
         ratio_range: Bounds of the ratio, around 1.
         comm_hook: Type in which ranks exchange gradients, 'fp16' or 'bf16',
             by torch's communication hooks of that name. None for whatever the
-            model does by itself.
+            model does by itself. Below 6e-8 there is no number in float16:
+            gradients as small as that need 'bf16' or a loss scaler. Where a
+            module loses much of its gradient, a warning names it.
         modulate: False measures and logs everything, lr_scale too, and steps
             with the plain learning rate.
 

@@ -1,17 +1,22 @@
 """Reads an optimizer's state into parameter groups that are cut otherwise."""
 
-from itertools import chain
-from typing import Any, Dict, List, Sequence, Tuple
+import math
+from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 import torch
+from torch import Tensor
 
 from mmagvm.core.agvm import logger
+
+#: A saved parameter: its index, and its group.
+Saved = Tuple[int, Dict[str, Any]]
 
 
 def regroup(
     state_dict: Dict[str, Any],
     param_groups: Sequence[Dict[str, Any]],
-    parameter_names: Sequence[str],
+    parameters: Dict[str, Tensor],
+    options: Collection[str] = ('lr', 'weight_decay'),
 ) -> Dict[str, Any]:
     """Sort a saved optimizer state into ``param_groups``, by parameter name.
 
@@ -21,27 +26,39 @@ def regroup(
             constructor: one of all parameters, or one for each trainable one.
         param_groups: The groups to be loaded, with ``param_names`` and
             ``module``.
-        parameter_names: All of the model's parameters, in its order, frozen
-            ones too. Only needed for groups without names.
+        parameters: All of the model's, by name and in its order, frozen ones
+            too.
+        options: What must be the same for all parameters of a group.
 
     Returns:
         A state for ``param_groups``. A group's options are those that its
-        first known parameter had; parameters that the saved state does not
-        know start without any, with a warning.
+        parameters had. Those that the saved state does not know, or knows in
+        another shape, start without any, with a warning.
 
     Raises:
-        ValueError: The saved parameters cannot be matched with these.
+        ValueError: The saved parameters cannot be matched with these, or do
+            not share their options as these do.
     """
     saved_groups = state_dict['param_groups']
-    names = _saved_names(saved_groups, param_groups, parameter_names)
-    saved: Dict[str, Tuple[int, Dict[str, Any]]] = {
-        name: (index, group)
-        for group, group_names in zip(saved_groups, names)
-        for name, index in zip(group_names, group['params'])
-    }
-
-    ours = [name for group in param_groups for name in group['param_names']]
-    _tell_new([name for name in ours if name not in saved], ours)
+    saved = _by_name(saved_groups, parameters) or _by_order(
+        state_dict, param_groups, parameters
+    )
+    trained = [
+        name
+        for group in param_groups
+        for name, param in zip(group['param_names'], group['params'])
+        if param.requires_grad
+    ]
+    _tell_new([name for name in trained if name not in saved], trained)
+    changed = [
+        name
+        for name in trained
+        if name in saved
+        and not _fits(
+            state_dict['state'].get(saved[name][0]), parameters[name]
+        )
+    ]
+    _tell_changed(changed)
 
     state: Dict[int, Any] = {}
     groups: List[Dict[str, Any]] = []
@@ -49,19 +66,20 @@ def regroup(
         start = sum(len(done['params']) for done in groups)
         params = range(start, start + len(group['params']))
         known = [name for name in group['param_names'] if name in saved]
-        options = (
-            saved[known[0]][1] if known else _decayed(group, saved_groups)
-        )
+        _refuse_mixed(known, saved, options)
+        values = saved[known[0]][1] if known else _decayed(group, saved_groups)
         groups.append(
             {
-                **options,
+                **values,
                 'params': list(params),
                 'param_names': group['param_names'],
                 'module': group['module'],
             }
         )
         for param, name in zip(params, group['param_names']):
-            if name in saved and saved[name][0] in state_dict['state']:
+            if name in changed or name not in saved:
+                continue
+            if saved[name][0] in state_dict['state']:
                 state[param] = state_dict['state'][saved[name][0]]
 
     regrouped = {**state_dict, 'state': state, 'param_groups': groups}
@@ -102,26 +120,129 @@ def _decayed(
     return {**group, 'lr': group['lr'] * lr / initial if initial else lr}
 
 
-def _saved_names(
-    saved_groups: Sequence[Dict[str, Any]],
+def _tell_changed(names: Sequence[str]) -> None:
+    """Warn of parameters whose saved state is of another shape."""
+    if names:
+        logger.warning(
+            "the checkpoint's optimizer knows %d parameter(s) in another "
+            'shape, such as %s: they start without state',
+            len(names),
+            names[0],
+        )
+
+
+def _refuse_mixed(
+    names: Sequence[str], saved: Dict[str, Saved], options: Collection[str]
+) -> None:
+    """Raise if a group's parameters did not share their options."""
+    for name in names[1:]:
+        first, other = saved[names[0]][1], saved[name][1]
+        for option in (*options, 'initial_lr'):
+            if (
+                option in first
+                and option in other
+                and not _same(first[option], other[option])
+            ):
+                raise ValueError(
+                    f"the checkpoint's optimizer has {option}="
+                    f'{first[option]} for {names[0]} and {other[option]} for '
+                    f'{name}, which are in one parameter group now: set '
+                    'paramwise_cfg, and base_constructor if it had another '
+                    'constructor, in optim_wrapper to what they were, or load '
+                    'its weights alone with load_from and resume=False'
+                )
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two options are equal, apart from how they were rounded."""
+    numbers = (int, float, Tensor)
+    if isinstance(first, numbers) and isinstance(second, numbers):
+        return math.isclose(float(first), float(second), rel_tol=1e-6)
+    return bool(first == second)
+
+
+def _by_name(
+    saved_groups: Sequence[Dict[str, Any]], parameters: Dict[str, Tensor]
+) -> Dict[str, Saved]:
+    """Saved parameters by name; empty if a group has no names."""
+    found: Dict[str, Saved] = {}
+    for group in saved_groups:
+        names = group.get('param_names') or []
+        if len(names) != len(group['params']):
+            return {}
+        for name, index in zip(names, group['params']):
+            if name not in parameters and name.startswith('module.'):
+                name = name[len('module.') :]
+            found[name] = index, group
+    return found
+
+
+def _by_order(
+    state_dict: Dict[str, Any],
     param_groups: Sequence[Dict[str, Any]],
-    parameter_names: Sequence[str],
-) -> List[Sequence[str]]:
-    """The parameter names of every saved group."""
-    if all('param_names' in group for group in saved_groups):
-        return [group['param_names'] for group in saved_groups]
-    ours = set(chain.from_iterable(g['param_names'] for g in param_groups))
-    trainable = [name for name in parameter_names if name in ours]
-    count = sum(len(group['params']) for group in saved_groups)
-    for order in (parameter_names, trainable):
-        if len(order) == count:
-            rest = iter(order)
-            return [
-                [next(rest) for _ in group['params']] for group in saved_groups
-            ]
+    parameters: Dict[str, Tensor],
+) -> Dict[str, Saved]:
+    """Saved parameters without names, if there is only one way.
+
+    MMEngine's default constructor makes one group of all, or one for each
+    that is trained, in the order of the model.
+    """
+    groups = state_dict['param_groups']
+    saved = [(index, group) for group in groups for index in group['params']]
+    ours = {name for g in param_groups for name in g['param_names']}
+    trained = [
+        name
+        for name, param in parameters.items()
+        if name in ours and param.requires_grad
+    ]
+    reason = ''
+    for order in (list(parameters), trained):
+        if len(order) != len(saved):
+            continue
+        if len(groups) not in (1, len(saved)):
+            reason = f'in {len(groups)} groups '
+            break
+        other = _first_other(order, saved, state_dict['state'], parameters)
+        if other is None:
+            return dict(zip(order, saved))
+        reason = f'of other shapes, such as where {other} is expected, '
     raise ValueError(
-        f"the checkpoint's optimizer has {count} parameters without names, "
-        f'this model has {len(parameter_names)}, of which {len(trainable)} '
-        'are trained: it is of another model, or was frozen elsewhere; load '
-        'its weights alone with load_from and resume=False'
+        f"the checkpoint's optimizer has {len(saved)} parameters without "
+        f'names {reason}and this model has {len(parameters)}, of which '
+        f'{len(trained)} are trained: it is of another model, was frozen '
+        'elsewhere, or grouped by another constructor; load its weights alone '
+        'with load_from and resume=False'
     )
+
+
+def _first_other(
+    names: Sequence[str],
+    saved: Sequence[Saved],
+    state: Dict[int, Any],
+    parameters: Dict[str, Tensor],
+) -> Optional[str]:
+    """The first parameter whose saved state cannot be its own."""
+    for name, (index, _) in zip(names, saved):
+        if not _fits(state.get(index), parameters[name]):
+            return name
+    return None
+
+
+def _fits(values: Any, param: Tensor) -> bool:
+    """Whether a saved state can be that of a parameter, by its shape.
+
+    Optimizers that factor keep rows and columns, whose sizes are among the
+    parameter's; those that project have an object that says how, of which
+    nothing is known here.
+    """
+    if not isinstance(values, dict):
+        return True
+    tensors = [v for v in values.values() if isinstance(v, Tensor)]
+    tensors = [tensor for tensor in tensors if tensor.numel() > 1]
+    if any(tensor.shape == param.shape for tensor in tensors):
+        return True
+    plain = (Tensor, bool, int, float, str, list, tuple, type(None))
+    if not all(isinstance(value, plain) for value in values.values()):
+        return True
+    sizes = {1, *param.shape}
+    return all(sizes.issuperset(tensor.shape) for tensor in tensors)

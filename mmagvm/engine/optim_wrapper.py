@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, Optional
 
 import torch
 from mmengine.optim import OptimWrapper
@@ -60,9 +60,11 @@ class AGVMOptimWrapper(OptimWrapper):
         )
         # before any schedule
         self._built_lr = [float(g['lr']) for g in optimizer.param_groups]
-        #: Names of all parameters in the order of the model, frozen ones too;
-        #: set by the constructor, to read a plain optimizer's checkpoint.
-        self.parameter_names: List[str] = []
+        #: All parameters by name, in the order of the model; set by the
+        #: constructor, to read a plain optimizer's checkpoint.
+        self.parameters: Dict[str, Tensor] = {}
+        #: Whether a checkpoint had a state of this optimizer.
+        self.has_loaded = False
         #: Whether AGVMHook is there; set by itself when training starts.
         self.has_hook = False
         self._needs_hook = False
@@ -195,14 +197,19 @@ class AGVMOptimWrapper(OptimWrapper):
         not know start with mu = 1, with a warning.
 
         Raises:
-            ValueError: The checkpoint's optimizer is of another model.
+            ValueError: The checkpoint's optimizer is of another model, or was
+                grouped by a constructor that this run does not have.
         """
         agvm = state_dict.pop('agvm', None)
         super().load_state_dict(
             regroup(
-                state_dict, self.optimizer.param_groups, self.parameter_names
+                state_dict,
+                self.optimizer.param_groups,
+                self.parameters,
+                list(self.optimizer.defaults),
             )
         )
+        self.has_loaded = True
         if agvm is not None:
             self.agvm.load_state_dict(agvm)
             return

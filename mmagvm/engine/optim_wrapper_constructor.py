@@ -1,6 +1,6 @@
 """Sorts a model's parameters into groups, one for each (module, options)."""
 
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, Union
 
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import (
@@ -13,6 +13,7 @@ from torch import nn
 from mmagvm.core.grad_variance import refuse_sharded_model
 from mmagvm.core.modules import module_groups
 from mmagvm.core.wrapped import unwrapped
+from mmagvm.engine.base_constructor import BaseConstructor
 from mmagvm.engine.host import keep_gradients_of_checkpointed_modules
 from mmagvm.engine.optim_wrapper import AGVMOptimWrapper
 from mmagvm.recipes.registry import register
@@ -22,19 +23,23 @@ from mmagvm.recipes.registry import register
 class AGVMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Builds the optimizer of an :class:`AGVMOptimWrapper`.
 
-    Understands all that MMEngine's default constructor does, and makes one
-    parameter group for each distinct pair of a module and its options, where
-    that one makes a group for each parameter.
+    Another constructor gives each parameter its options, by default
+    MMEngine's; this one makes one parameter group for each distinct pair of a
+    module and options.
 
     Args:
         optim_wrapper_cfg: The config of the optimizer wrapper. Its key
             ``modules`` lists the dotted prefixes of the modules; by default
-            they are found by :func:`~mmagvm.core.find_modules`.
-        paramwise_cfg: As in MMEngine.
+            they are found by :func:`~mmagvm.core.find_modules`. Its key
+            ``base_constructor`` is the type of the other constructor, such as
+            'LearningRateDecayOptimizerConstructor' for layer-wise decay;
+            defaults to 'DefaultOptimWrapperConstructor'.
+        paramwise_cfg: Of the other constructor.
 
     Raises:
         ValueError: A module of ``modules`` has no trainable parameters, the
-            wrapper is not an AGVM one, or the model is sharded.
+            wrapper is not an AGVM one, the model is sharded, or the other
+            constructor does not know a key of ``paramwise_cfg``.
     """
 
     def __init__(
@@ -42,7 +47,14 @@ class AGVMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         optim_wrapper_cfg: Dict[str, Any],
         paramwise_cfg: Optional[Dict[str, Any]] = None,
     ) -> None:
+        base: Union[str, type] = optim_wrapper_cfg.get(
+            'base_constructor', 'DefaultOptimWrapperConstructor'
+        )
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        self.optim_wrapper_cfg.pop('base_constructor', None)
+        self._base = BaseConstructor(
+            base, self.optimizer_cfg, self.paramwise_cfg
+        )
         self.modules: Optional[Sequence[str]] = self.optim_wrapper_cfg.pop(
             'modules', None
         )
@@ -75,20 +87,11 @@ class AGVMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         refuse_sharded_model(model)
         keep_gradients_of_checkpointed_modules()
         model = unwrapped(model)
-        groups = module_groups(
-            model, self.modules, self._options_of_params(model)
-        )
-        optimizer = OPTIMIZERS.build(dict(self.optimizer_cfg, params=groups))
+        options, optimizer_cfg = self._base.options_of_params(model)
+        groups = module_groups(model, self.modules, options)
+        optimizer = OPTIMIZERS.build(dict(optimizer_cfg, params=groups))
         wrapper = OPTIM_WRAPPERS.build(
             self.optim_wrapper_cfg, default_args=dict(optimizer=optimizer)
         )
-        wrapper.parameter_names = [n for n, _ in model.named_parameters()]
+        wrapper.parameters = dict(model.named_parameters())
         return wrapper
-
-    def _options_of_params(self, model: nn.Module) -> List[Dict[str, Any]]:
-        """A group for each parameter, as the default constructor makes."""
-        if not self.paramwise_cfg:
-            return [{'params': [param]} for param in model.parameters()]
-        groups: List[Dict[str, Any]] = []
-        self.add_params(groups, model)
-        return groups

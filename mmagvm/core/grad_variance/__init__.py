@@ -1,6 +1,6 @@
 """Estimators of the gradient variance; the only user of torch.distributed."""
 
-from .base import GradVariance, Measurement
+from .base import NOT_MEASURED, GradVariance, Measurement
 from .build import (
     ESTIMATORS,
     build_grad_variance,
@@ -12,6 +12,7 @@ from .ranks import COMM_HOOKS
 __all__ = [
     'COMM_HOOKS',
     'ESTIMATORS',
+    'NOT_MEASURED',
     'GradVariance',
     'Measurement',
     'build_grad_variance',

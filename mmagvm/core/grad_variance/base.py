@@ -17,11 +17,15 @@ from typing import (
 import torch
 from torch import Tensor
 
+from mmagvm.core.functional import squared_norms
+
 from .preconditioner import Preconditioner, find_preconditioner
 
 #: Bytes of gradients that are sent or computed on at once: what is computed
 #: of a module needs copies, which for all of it could exhaust the memory.
 SLICE = 25 * 2**20  # DistributedDataParallel's default
+#: Index of the module of a parameter group that is not measured.
+NOT_MEASURED = -1
 
 
 class Measurement(NamedTuple):
@@ -35,6 +39,9 @@ class Measurement(NamedTuple):
     signal: Optional[Tensor] = None
     #: (h,) noise power of the gradient of one sample, unbiased.
     noise: Optional[Tensor] = None
+    #: (h,) part of this rank's |gradient|^2 that a narrow type loses on the
+    #: way to the other ranks; NaN for a module without gradient.
+    lost: Optional[Tensor] = None
 
 
 class GradVariance(ABC):
@@ -47,7 +54,8 @@ class GradVariance(ABC):
     Args:
         optimizer: Of all parameters, which are measured on gradients as its
             preconditioner leaves them.
-        modules: Index of each parameter group's module, 0 to h - 1.
+        modules: Index of each parameter group's module, 0 to h - 1, or
+            NOT_MEASURED.
     """
 
     #: Ranks whose gradients are averaged.
@@ -102,6 +110,29 @@ class GradVariance(ABC):
                 second moment knows clipped. None for 1.
         """
 
+    def to_cpu(self, sums: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        """The one device-to-host transfer of a measurement.
+
+        Args:
+            sums: (h, n).
+
+        Returns:
+            Them in float64, and ``Measurement.lost`` if it is known.
+        """
+        return sums.cpu().double(), None
+
+    def drop(self) -> None:
+        """Do not measure this update after all."""
+        self.measuring = False
+
+    def measured_groups(self) -> List[Dict[str, Any]]:
+        """The parameter groups that belong to a module."""
+        return [
+            group
+            for group, module in zip(self.optimizer.param_groups, self.modules)
+            if module != NOT_MEASURED
+        ]
+
     def grads(self) -> Dict[Tensor, Tensor]:
         """The gradient of every parameter that has one."""
         return {
@@ -137,6 +168,19 @@ class GradVariance(ABC):
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
         return norm
 
+    def squares(
+        self,
+        group: Dict[str, Any],
+        params: Sequence[Tensor],
+        grads: List[Tensor],
+    ) -> Tensor:
+        """Squared norms of gradients of one group's parameters, (n,).
+
+        As the state before this update preconditions them.
+        """
+        grads = self.unscaled(grads)
+        return squared_norms(self.preconditioner.by_past(group, params, grads))
+
     def sum_by_module(
         self, measure_group: Callable[[Dict[str, Any]], Iterable[Tensor]]
     ) -> Tensor:
@@ -150,13 +194,14 @@ class GradVariance(ABC):
                 shape; none for a group without gradient.
 
         Returns:
-            (h, *shape) in float64, on the device of the parameters.
+            (h, *shape), in the type and on the device of what is summed.
 
         Raises:
             RuntimeError: No parameter has a gradient.
         """
         sums: Dict[int, Tensor] = {}
-        for group, module in zip(self.optimizer.param_groups, self.modules):
+        modules = [i for i in self.modules if i != NOT_MEASURED]
+        for group, module in zip(self.measured_groups(), modules):
             for value in measure_group(group):
                 sums[module] = sums.get(module, 0) + value
         if not sums:

@@ -2,7 +2,8 @@
 
 A sample is a rank's gradient, or a micro-batch's. Of W samples g_r it needs
 r2 = mean |g_r|^2, known before they are averaged, and g2 = |mean g_r|^2,
-known afterwards: nothing but r2 of every module has to be sent.
+known afterwards: nothing but r2 of every module has to be sent, and g2 with
+it, of which one rank's rounding then counts on all.
 """
 
 from abc import abstractmethod
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmagvm.core.functional import pairs_noise, pairs_variance, squared_norms
+from mmagvm.core.functional import pairs_noise, pairs_variance, sum_type
 
 from .base import GradVariance, Measurement, slices_with_grad
 from .micro_batches import MicroBatchVariance
@@ -36,14 +37,26 @@ class Pairs(GradVariance):
 
     @abstractmethod
     def local_squares(self) -> Tensor:
-        """(h,) r2 of every module."""
+        """(h,) r2 of every module, as far as this rank knows."""
+
+    def shared(self, squares: Tensor) -> Tensor:
+        """r2 and g2 of every module, the same bits on every rank.
+
+        Args:
+            squares: (h, 2), what this rank knows of r2, and g2.
+        """
+        return squares
 
     def measure(self, clip: Optional[Tensor] = None) -> Measurement:
         # clipping cancels in phi: the divisor knows no gradient of this update
         self.measuring = False
-        squares = torch.stack(
-            [self.local_squares(), self.sum_by_module(self._mean_squares)], 1
-        ).cpu()
+        squares = self.shared(
+            torch.stack(
+                [self.local_squares(), self.sum_by_module(self._mean_squares)],
+                1,
+            )
+        )
+        squares, lost = self.to_cpu(squares)
         local, mean = squares.unbind(1)
         signal, noise = pairs_noise(local, mean, self.samples)
         return Measurement(
@@ -51,25 +64,16 @@ class Pairs(GradVariance):
             bool(squares.isfinite().all()),
             signal,
             noise,
+            lost,
         )
 
     def _mean_squares(self, group: Dict[str, Any]) -> Iterator[Tensor]:
         for params, grads in slices_with_grad(group):
             yield self.squares(group, params, grads).sum()
 
-    def squares(
-        self,
-        group: Dict[str, Any],
-        params: Sequence[Tensor],
-        grads: List[Tensor],
-    ) -> Tensor:
-        """Squared norms of gradients of one group's parameters, (n,)."""
-        grads = self.unscaled(grads)
-        return squared_norms(self.preconditioner.by_past(group, params, grads))
-
 
 class PairsRanks(Pairs, RankVariance):
-    """Every rank against every other: h floats to send."""
+    """Every rank against every other: 2 h numbers to send."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,6 +85,7 @@ class PairsRanks(Pairs, RankVariance):
         super().before_last_backward()
 
     def see(self, param: Tensor, grad: Tensor, group: Dict[str, Any]) -> None:
+        super().see(param, grad, group)
         self._squares[param] = self.squares(group, [param], [grad])[0]
 
     def local_squares(self) -> Tensor:
@@ -93,11 +98,15 @@ class PairsRanks(Pairs, RankVariance):
                 return [torch.stack(parts).sum()]
             # not used by this rank, but maybe by others
             first: Tensor = group['params'][0]
-            return [first.new_zeros((), dtype=torch.float64)]
+            return [first.new_zeros((), dtype=sum_type(first.device))]
 
-        local = self.sum_by_module(square_of) / self.world_size
-        dist.all_reduce(local, group=self.group)
-        return local
+        return self.sum_by_module(square_of) / self.world_size
+
+    def shared(self, squares: Tensor) -> Tensor:
+        if dist.get_rank(self.group) != 0:
+            squares[:, 1] = 0  # all ranks take g2 of the first one
+        dist.all_reduce(squares, group=self.group)
+        return squares
 
 
 class PairsMicroBatches(Pairs, MicroBatchVariance):

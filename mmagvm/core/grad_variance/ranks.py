@@ -1,13 +1,15 @@
 """Sees each rank's local gradients, before they are averaged."""
 
 from abc import abstractmethod
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
+
+from mmagvm.core.wrapped import called_by
 
 from .base import GradVariance
 
@@ -17,6 +19,9 @@ COMM_HOOKS: Dict[Optional[str], Optional[Callable[..., Any]]] = {
     'fp16': default_hooks.fp16_compress_hook,
     'bf16': default_hooks.bf16_compress_hook,
 }
+#: Names of torch's communication hooks that send float16, whose smallest
+#: number is 6e-8.
+FLOAT16_HOOKS = ('fp16_compress_hook', 'fp16_compress_wrapper')
 
 
 class RankVariance(GradVariance):
@@ -62,13 +67,21 @@ class RankVariance(GradVariance):
                     'leave it out, or remove the communication hook that the '
                     f'model has already, if that is the reason: {error}'
                 ) from error
+        self._sends_float16 = sends_float16(model)
+        #: By parameter: |what its gradient loses|^2 and |gradient|^2, (2,).
+        self._losses: Dict[Tensor, Tensor] = {}
 
     def before_last_backward(self) -> None:
         self._remove_hooks()
-        for group in self.optimizer.param_groups:
+        self._losses = {}
+        for group in self.measured_groups():
             for param in group['params']:
                 if param.requires_grad:
                     self._handles.append(self._hook(param, group))
+
+    def drop(self) -> None:
+        super().drop()
+        self._remove_hooks()
 
     def _hook(self, param: Tensor, group: Dict[str, Any]) -> Any:
         def see(param: Tensor) -> None:
@@ -84,9 +97,22 @@ class RankVariance(GradVariance):
             handle.remove()
         self._handles.clear()
 
+    def to_cpu(self, sums: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        losses, self._losses = self._losses, {}
+        if not losses:
+            return super().to_cpu(sums)
+
+        def losses_of(group: Dict[str, Any]) -> List[Tensor]:
+            none = sums.new_zeros(2)
+            return [losses.get(p, none) for p in group['params']]
+
+        numbers = torch.cat([sums, self.sum_by_module(losses_of)], 1)
+        numbers, _ = super().to_cpu(numbers)
+        return numbers[:, :-2], numbers[:, -2] / numbers[:, -1]
+
     @abstractmethod
     def see(self, param: Tensor, grad: Tensor, group: Dict[str, Any]) -> None:
-        """Note a parameter's local gradient.
+        """Note a parameter's local gradient, and what float16 loses of it.
 
         Args:
             param: The parameter.
@@ -94,3 +120,19 @@ class RankVariance(GradVariance):
                 averaged in place right afterwards.
             group: The parameter group that it belongs to.
         """
+        if self._sends_float16:
+            # in the order of the hook
+            sent = grad.to(torch.float16, copy=True).div_(self.world_size)
+            lost = sent.to(grad.dtype).mul_(self.world_size).sub_(grad)
+            self._losses[param] = self.squares(
+                group, [param, param], [lost, grad]
+            )
+
+
+def sends_float16(model: DistributedDataParallel) -> bool:
+    """Whether ranks exchange gradients in float16."""
+    return any(
+        getattr(part, '__qualname__', '').split('.')[0] in FLOAT16_HOOKS
+        for hook, _ in getattr(model, '_comm_hooks', ())
+        for part in called_by(hook)
+    )

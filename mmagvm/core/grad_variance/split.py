@@ -25,6 +25,10 @@ class Split(GradVariance):
     def can_measure(self) -> bool:
         return self.preconditioner.present_known
 
+    def shared(self, norms: Tensor) -> Tensor:
+        """Norms of all modules, (h, 4), the same bits on every rank."""
+        return norms
+
     @abstractmethod
     def signed(self) -> Dict[Tensor, Tensor]:
         """D of every parameter that has it, in the scale of its ``grad``."""
@@ -44,8 +48,10 @@ class Split(GradVariance):
                 )
                 yield half_batch_norms(totals, signs)
 
-        norms = self.sum_by_module(norms_of).cpu()
-        return Measurement(split_variance(norms), bool(norms.isfinite().all()))
+        norms, lost = self.to_cpu(self.shared(self.sum_by_module(norms_of)))
+        return Measurement(
+            split_variance(norms), bool(norms.isfinite().all()), lost=lost
+        )
 
 
 class SplitRanks(Split, RankVariance):
@@ -69,7 +75,7 @@ class SplitRanks(Split, RankVariance):
         self._chunks, self._views = _chunks_like(
             [
                 param
-                for group in self.optimizer.param_groups
+                for group in self.measured_groups()
                 for param in group['params']
                 if param.requires_grad
             ]
@@ -77,6 +83,7 @@ class SplitRanks(Split, RankVariance):
         super().before_last_backward()
 
     def see(self, param: Tensor, grad: Tensor, group: Dict[str, Any]) -> None:
+        super().see(param, grad, group)
         torch.mul(grad, self.factor, out=self._views[param])
 
     def signed(self) -> Dict[Tensor, Tensor]:
@@ -90,6 +97,11 @@ class SplitRanks(Split, RankVariance):
         views = self._views
         self._chunks, self._views = [], {}
         return views
+
+    def shared(self, norms: Tensor) -> Tensor:
+        first = dist.get_process_group_ranks(self.group)[0]
+        dist.broadcast(norms, src=first, group=self.group)
+        return norms
 
 
 def _chunks_like(
