@@ -13,6 +13,7 @@ from mmagvm.core.functional import (
     pairs_variance,
     split_variance,
     squared_norms,
+    sum_type,
 )
 
 
@@ -166,6 +167,37 @@ def test_estimators_agree_on_two_samples_of_equal_norm():
 
 def test_pairs_without_gradient_have_no_variance():
     assert math.isnan(pairs([0.0], [0.0])[0])
+
+
+@pytest.mark.parametrize('shape', [(8_000_001,), (1000, 4000), (70, 999, 3)])
+def test_norms_of_large_tensors_are_exact(shape):
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.rand(shape, generator=generator)
+    for part in (tensor, tensor.mT if tensor.dim() > 1 else tensor[::2]):
+        truth = part.double().square().sum().item()
+        assert squared_norms([part]).item() == pytest.approx(truth, rel=5e-7)
+
+
+def test_large_tensor_that_is_not_finite_has_no_norm():
+    tensor = torch.ones(2**17)
+    for place in (0, -1):
+        for value in (math.nan, math.inf):
+            tensor[place] = value
+            assert not squared_norms([tensor]).isfinite().any()
+            tensor[place] = 1
+
+
+@pytest.mark.parametrize(
+    'device, expected',
+    [
+        ('cpu', torch.float64),
+        ('cuda:1', torch.float64),
+        ('mps', torch.float32),
+        ('xpu', torch.float32),
+    ],
+)
+def test_sums_are_kept_in_what_a_device_has(device, expected):
+    assert sum_type(torch.device(device)) is expected
 
 
 def test_squared_norms():

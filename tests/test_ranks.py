@@ -1,6 +1,7 @@
 """Data-parallel ranks over gloo against the oracle and against plain DDP."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -80,6 +81,9 @@ def train_rank(
 USERS_HOOKS = dict(
     all_reduce=default_hooks.allreduce_hook,
     fp16=default_hooks.fp16_compress_hook,
+    fp16_wrapper=default_hooks.fp16_compress_wrapper(
+        default_hooks.allreduce_hook
+    ),
 )
 #: Ways to wrap a model and to build an optimizer that must not matter.
 FLAVOURS = [
@@ -150,13 +154,17 @@ def count_collectives(rank, world_size, estimator):
     """Elements that AGVM sends in each update, measured or not."""
     import torch.distributed as dist
 
-    all_reduce, sent = dist.all_reduce, []
+    sent = []
 
-    def counting(tensor, *args, **kwargs):
-        sent[-1] += tensor.numel()
-        return all_reduce(tensor, *args, **kwargs)
+    def counting(collective):
+        def count(tensor, *args, **kwargs):
+            sent[-1] += tensor.numel()
+            return collective(tensor, *args, **kwargs)
 
-    dist.all_reduce = counting
+        return count
+
+    plain = dist.all_reduce, dist.broadcast
+    dist.all_reduce, dist.broadcast = map(counting, plain)
     try:
         model = make_model()
         wrapper = build_optim_wrapper(
@@ -167,8 +175,91 @@ def count_collectives(rank, world_size, estimator):
             sent.append(0)
             train(ddp, wrapper, update + 1, rank, start=update)
     finally:
-        dist.all_reduce = all_reduce
+        dist.all_reduce, dist.broadcast = plain
     return sent, sum(p.numel() for p in model.parameters())
+
+
+def train_disturbed(rank, world_size, estimator, optimizer, factor):
+    """Multipliers of each rank, one of which rounds its norms otherwise."""
+    from mmagvm.core import functional
+    from mmagvm.core.grad_variance import base
+
+    plain = functional.squared_norms
+
+    def disturbed(tensors):
+        return plain(tensors) * (factor if rank == world_size - 1 else 1)
+
+    functional.squared_norms = base.squared_norms = disturbed
+    try:
+        model = make_model()
+        wrapper = build_optim_wrapper(
+            model,
+            wrapper_cfg(optimizer, **settings_of(estimator, optimizer)),
+        )
+        train(parallel(model), wrapper, UPDATES, rank)
+    finally:
+        functional.squared_norms = base.squared_norms = plain
+    modulator = wrapper.modulator
+    return (
+        modulator.lr_scale,
+        modulator.history,
+        modulator.skipped,
+        wrapper.agvm.noise_scale,
+    )
+
+
+#: estimator, optimizer, by what one rank's norms are wrong
+DISTURBED = [
+    (estimator, optimizer, factor)
+    for estimator in ('split', 'pairs')
+    for optimizer in ('SGD', 'AdamW')
+    for factor in (1 + 1e-9, 1.5, math.inf)
+]
+
+
+def train_tiny(rank, world_size, estimator, optimizer, hook, factor):
+    """Warnings of a training whose gradients are ``factor`` times smaller."""
+    from unittest import mock
+
+    from mmagvm.core import agvm
+
+    model = make_model().float()
+    own = dict(comm_hook='fp16') if hook == 'setting' else {}
+    wrapper = build_optim_wrapper(
+        model,
+        wrapper_cfg(
+            optimizer, interval=1, modulate=False, estimator=estimator, **own
+        ),
+    )
+    ddp = parallel(model)
+    if hook in USERS_HOOKS:
+        ddp.register_comm_hook(None, USERS_HOOKS[hook])
+    with mock.patch.object(agvm, 'logger') as logger:
+        for update in range(4):
+            with wrapper.optim_context(ddp):
+                loss = ddp(make_batch(update, rank, 0).float()) * factor
+            wrapper.update_params(loss)
+    warnings = [c.args[0] % c.args[1:] for c in logger.warning.call_args_list]
+    return warnings, wrapper.modulator.history
+
+
+#: estimator, optimizer, communication hook, scale of the loss, is it told
+TINY = [
+    *(
+        (estimator, optimizer, hook, 1e-7, True)
+        for estimator in ('split', 'pairs')
+        for optimizer, hook in (
+            ('SGD', 'setting'),
+            ('AdamW', 'setting'),
+            ('SGD', 'fp16'),
+            ('SGD', 'fp16_wrapper'),
+        )
+    ),
+    ('pairs', 'SGD', 'setting', 1.0, False),
+    ('split', 'AdamW', 'setting', 1.0, False),
+    ('pairs', 'SGD', 'all_reduce', 1e-7, False),
+    ('split', 'SGD', None, 1e-7, False),
+]
 
 
 def refuse_second_hook(rank, world_size):
@@ -393,6 +484,14 @@ def run_all(rank, world_size):
             results[comm_hook, estimator] = train_compressed(
                 rank, world_size, estimator, comm_hook
             )
+    if world_size < 4:
+        for estimator, optimizer, factor in DISTURBED:
+            results['disturbed', estimator, optimizer, factor] = (
+                train_disturbed(rank, world_size, estimator, optimizer, factor)
+            )
+    if world_size == 2:
+        for *case, _ in TINY:
+            results['tiny', tuple(case)] = train_tiny(rank, world_size, *case)
     results['resumed'] = [
         train_resumed(rank, world_size, optimizer)
         for optimizer in ('SGD', 'AdamW')
@@ -470,9 +569,10 @@ def test_measuring_alone_changes_no_bit_of_training(results, flavour):
 
 def test_only_a_measured_update_sends_more(results):
     sent, numel = results[0]['collectives', 'split']
-    assert sent == [numel, 0, 0, numel]  # beside what DDP sends
+    extra = numel + 4 * len(MODULES)  # beside what DDP sends
+    assert sent == [extra, 0, 0, extra]
     sent, numel = results[0]['collectives', 'pairs']
-    extra = len(MODULES)
+    extra = 2 * len(MODULES)
     assert sent == [extra, 0, 0, extra]
 
 
@@ -501,6 +601,31 @@ def test_compressed_gradients_are_measured_too(results, estimator):
         assert variance == pytest.approx(exact, abs=0.02)
         for name, weight in results[0][comm_hook, estimator][1].items():
             assert torch.equal(weights[name], weight)
+
+
+@pytest.mark.parametrize('case', DISTURBED, ids=str)
+def test_multipliers_agree_where_one_rank_rounds_otherwise(results, case):
+    if len(results) == 4:
+        pytest.skip('2 and 3 ranks are enough')
+    first, *others = (ranks[('disturbed', *case)] for ranks in results)
+    for other in others:
+        assert repr(other) == repr(first)
+    *_, factor = case
+    if factor < 1.1:
+        assert min(first[0].values()) < 0.95 or max(first[0].values()) > 1.05
+
+
+@pytest.mark.parametrize('case', TINY, ids=str)
+def test_gradients_that_vanish_in_float16_are_told(results, case):
+    if len(results) > 2:
+        pytest.skip('2 ranks are enough')
+    *case, told = case
+    for warnings, history in (ranks['tiny', tuple(case)] for ranks in results):
+        about = [text for text in warnings if 'float16' in text]
+        assert len(about) == told
+        if told:  # once, and what to do
+            assert "set comm_hook='bf16' (with NCCL) or None" in about[0]
+            assert history
 
 
 def test_resumed_training_equals_uninterrupted(results):

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 #: DDP's buckets: the first, and the others (its bucket_cap_mb).
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
-#: What pairs sends of a module: one float64.
-NORM = 8
+#: What pairs sends of a module: two float64.
+NORM = 16
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def update_seconds(
         gradients: What is sent.
         cluster: What that takes.
         estimator: AGVM's: 'split' sends the gradients once more on measured
-            updates, uncompressed, 'pairs' a number for each module.
+            updates, uncompressed, 'pairs' two numbers for each module.
         measured: Part of the updates that AGVM measures, from 0 to 1.
     """
     size, calls = gradients.size, gradients.buckets

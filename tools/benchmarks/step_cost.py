@@ -212,11 +212,12 @@ def judge(results: Dict[str, Any]) -> List[Dict[str, Any]]:
                     more == 0,
                 )
             added = paid['bytes'] - plain['measured']['bytes']
-            # pairs sends h squared norms, in float64
+            # squared norms in float64: two of each module, split's four
+            norms = 2 * FLOAT * len(part['modules'])
             allowed = (
-                2 * FLOAT * len(part['modules'])
+                2 * norms
                 if name == 'pairs'
-                else FLOAT * part['trainable']
+                else FLOAT * part['trainable'] + 4 * norms
             )
             claim(
                 f'{where}: bytes that a measured update adds',
