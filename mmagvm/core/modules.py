@@ -118,6 +118,8 @@ def find_anchor(modules: Sequence[str], anchor: str = BACKBONE) -> str:
         for module in modules:
             if module.rpartition('.')[2] == wanted:
                 return module
+    if not modules:
+        raise ValueError('the model has no trainable parameters')
     raise ValueError(
         f'anchor={anchor!r} is no module with trainable parameters: set '
         f'anchor to one of {list(modules)}'

@@ -1,0 +1,103 @@
+"""Prints the modules that AGVM tells apart in the models of configs.
+
+For each its trainable parameters, and which module the others follow; or why
+the model cannot be trained with AGVM.
+"""
+
+import argparse
+import json
+import os
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+from mmengine.logging import MMLogger
+
+from mmagvm.errors import command, refuse
+from mmagvm.planning.model_modules import (
+    ModelModules,
+    ModuleReader,
+    package_configs,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        'configs',
+        nargs='*',
+        metavar='CONFIG',
+        help="files, or names such as 'mmdet::retinanet/...'",
+    )
+    parser.add_argument(
+        '--all',
+        choices=['mmdet', 'mmseg'],
+        help='take all configs of an installed package',
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        help='file to write a line of JSON to for each config, as soon as it '
+        'is known; what is in it already is not built again',
+    )
+    args = parser.parse_args()
+    if bool(args.configs) == bool(args.all):
+        parser.error('name configs, or a package with --all')
+    return args
+
+
+def files_of(args: argparse.Namespace) -> List[Tuple[str, str]]:
+    """Each config's name, and how it is shown."""
+    if not args.all:
+        return [(name, name) for name in args.configs]
+    folder = package_configs(args.all)
+    # teachers of distillation are named from there
+    os.chdir(folder.parent)
+    return [
+        (str(path), str(path.relative_to(folder)))
+        for path in sorted(folder.rglob('*.py'))
+        if '_base_' not in path.parts
+    ]
+
+
+def read_known(out: Path) -> Dict[str, ModelModules]:
+    """What a file of an earlier start tells."""
+    known = {}
+    for line in out.read_text().splitlines():
+        try:
+            values = json.loads(line)
+            known[values.pop('config')] = ModelModules(**values)
+        except (KeyError, TypeError, ValueError):
+            refuse(f'{out} was not written by this tool: name another')
+    return known
+
+
+@command
+def main() -> None:
+    args = parse_args()
+    warnings.filterwarnings('ignore')  # of the hosts, about themselves
+    MMLogger.get_instance('mmengine', log_level='ERROR')
+    out = args.out and args.out.resolve()
+    known = read_known(out) if out and out.exists() else {}
+    reader = ModuleReader()
+    found: List[ModelModules] = []
+    for name, shown in files_of(args):
+        result = known.get(shown) or reader.read(name, args.all or 'mmengine')
+        found.append(result)
+        print(f'{shown}: {result}', flush=True)
+        if out and shown not in known:
+            with open(out, 'a') as file:
+                file.write(json.dumps({'config': shown, **asdict(result)}))
+                file.write('\n')
+    good = sum(not result.problem for result in found)
+    unbuilt = sum(not result.built for result in found)
+    print(
+        f'{len(found)} configs: {good} can be trained with AGVM, '
+        f'{len(found) - good - unbuilt} cannot, {unbuilt} have no model that '
+        'can be built here'
+    )
+
+
+if __name__ == '__main__':
+    main()
