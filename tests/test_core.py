@@ -1,5 +1,6 @@
 """AGVM without MMEngine: importing it, and a loop of plain PyTorch."""
 
+import contextlib
 import dataclasses
 import io
 import re
@@ -12,9 +13,11 @@ from mmengine.optim import build_optim_wrapper
 from oracle import Oracle
 from ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from toy import MODULES, make_batch, make_model, train, wrapper_cfg
 
-from mmagvm.core import AGVM, Settings, find_modules, module_groups
+from mmagvm.core import AGVM, Settings, functional, find_modules, module_groups
 
 MEASURED = dict(interval=2, ema_decay=0.5)
 ALONE = """
@@ -287,6 +290,148 @@ def test_saved_run_goes_on_bit_for_bit(optimizer, estimator):
     assert second.agvm.update == 3
     second.train(7, start=3)
     assert_equal(second.state(), straight.state())
+
+
+# -- how often gradients are added up
+
+
+def toy_wrapper(model, **kwargs):
+    cfg = wrapper_cfg(**{**MEASURED, 'accumulative_counts': 2, **kwargs})
+    return build_optim_wrapper(model, cfg)
+
+
+def test_two_backward_passes_of_a_forward_pass_are_refused():
+    model = make_model()
+    wrapper = toy_wrapper(model, begin=5)
+    with wrapper.optim_context(model):
+        losses = [model(make_batch(0, 0, k)) for k in range(2)]
+    wrapper.update_params(losses[0])
+    with pytest.raises(
+        ValueError, match='2 backward passes and 1 .*add the losses'
+    ):
+        wrapper.update_params(losses[1])
+
+
+@pytest.mark.parametrize('counts, done', [(2, 3), (3, 2), (2, 1)])
+def test_another_number_of_backward_passes_is_refused(counts, done):
+    model = make_model()
+    wrapper = toy_wrapper(model, accumulative_counts=counts)
+    for micro_batch in range(done):
+        with wrapper.optim_context(model):
+            loss = model(make_batch(0, 0, micro_batch))
+        wrapper.backward(loss)
+    with pytest.raises(
+        ValueError,
+        match=f'{done} backward .*counts={counts}: .*counts={done} in',
+    ):
+        wrapper.step()
+
+
+def test_gradients_that_were_thrown_away_do_not_count():
+    model = make_model()
+    wrapper = toy_wrapper(model)
+    for update in range(4):
+        for set_to_none in (True, False, None):
+            for micro_batch in range(2):
+                with wrapper.optim_context(model):
+                    loss = model(make_batch(update, 0, micro_batch))
+                wrapper.backward(loss)
+            if set_to_none is not None:  # a batch that was not wanted
+                wrapper.zero_grad(set_to_none=set_to_none)
+        wrapper.step()
+        wrapper.zero_grad()
+    assert [update for update, _ in wrapper.modulator.history] == [0, 2]
+    assert wrapper.agvm.why_missed() == ''
+
+
+def test_update_of_an_interrupted_accumulation_is_no_error():
+    model = make_model()
+    wrapper = toy_wrapper(model)
+    wrapper.initialize_count_status(model, 1, 8)  # resumed in its midst
+    for iteration in range(1, 8):
+        with wrapper.optim_context(model):
+            loss = model(make_batch(iteration, 0, 0))
+        wrapper.update_params(loss)
+    assert wrapper.agvm.update == 4
+    assert [update for update, _ in wrapper.modulator.history] == [2]
+
+
+def test_another_number_of_backward_passes_is_told_later(caplog):
+    model = make_model()
+    wrapper = toy_wrapper(model, interval=1)
+    train(model, wrapper, 10, accumulation=2)
+    for micro_batch in range(3):
+        with wrapper.optim_context(model):
+            loss = model(make_batch(10, 0, micro_batch))
+        wrapper.backward(loss)
+    with mock.patch('mmagvm.core.agvm.logger') as logger:
+        wrapper.step()
+    assert 'due and is not measured' in logger.warning.call_args[0][0]
+    assert 'another number of backward' in wrapper.agvm.why_missed()
+    assert wrapper.modulator.measured == 10
+
+
+# -- a device without float64
+
+
+class NoDouble(TorchDispatchMode):
+    """No tensor is made in float64, unless it is on the CPU's side."""
+
+    transferred, transfers = False, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not self.transferred:
+            for leaf in tree_flatten(out)[0]:
+                if isinstance(leaf, torch.Tensor):
+                    assert leaf.dtype != torch.float64, func
+        return out
+
+
+@pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+def test_device_without_float64_is_measured(optimizer, estimator):
+    batches = [make_batch(i, 0, 0).float() for i in range(12)]
+
+    def history():
+        model = make_model().float()
+        loop = Loop(optimizer, model=model, estimator=estimator)
+        mode.transferred = False
+        with mode:
+            for batch in batches:
+                with loop.agvm.micro_batch():
+                    model(batch).backward()
+                if loop.agvm.step(max_norm=0.5):
+                    loop.optimizer.zero_grad()
+        return loop.agvm.modulator.history
+
+    mode = contextlib.nullcontext()
+    expected = history()
+    mode = NoDouble()
+    to_cpu = torch.Tensor.cpu
+
+    def transfer(tensor):
+        mode.transferred, mode.transfers = True, mode.transfers + 1
+        return to_cpu(tensor)
+
+    begin = AGVM.begin_update
+
+    def begin_update(agvm, *args):
+        mode.transferred = False
+        return begin(agvm, *args)
+
+    with contextlib.ExitStack() as stack:
+        for target, name, value in (
+            (functional, 'sum_type', lambda device: torch.float32),
+            (torch.Tensor, 'cpu', transfer),
+            (AGVM, 'begin_update', begin_update),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        found = history()
+    assert len(found) == len(expected) > 1
+    assert mode.transfers == len(found)
+    for (_, phis), (_, exact) in zip(found, expected):
+        assert phis == pytest.approx(exact, rel=1e-3, abs=1e-5)
 
 
 def test_all_that_is_logged():

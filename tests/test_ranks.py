@@ -1,5 +1,6 @@
 """Data-parallel ranks over gloo against the oracle and against plain DDP."""
 
+import contextlib
 import functools
 import math
 
@@ -396,6 +397,40 @@ class HookObject:
         return self.hooks[0](state, bucket)
 
 
+def refuse_two_backward_passes(rank, world_size):
+    """In one optim_context, or each in its own, before one step."""
+    for together in (True, False):
+        ddp = parallel(make_model())
+        wrapper = build_optim_wrapper(ddp, wrapper_cfg(begin=5))
+        losses = []
+        for part in range(2):
+            with contextlib.ExitStack() as stack:
+                if not (together and part):
+                    stack.enter_context(wrapper.optim_context(ddp))
+                losses.append(ddp(make_batch(0, rank, part)))
+            wrapper.backward(losses[-1])
+        with pytest.raises(ValueError, match='2 backward passes'):
+            wrapper.step()
+
+
+def train_by_own_backward(rank, world_size, estimator):
+    """phi where the loop calls the loss's backward(), or the wrapper's."""
+    histories = []
+    for own in (True, False):
+        ddp = parallel(make_model())
+        wrapper = build_optim_wrapper(
+            ddp, wrapper_cfg(interval=1, estimator=estimator)
+        )
+        for update in range(3):
+            with wrapper.optim_context(ddp):
+                loss = ddp(make_batch(update, rank, 0))
+            loss.backward() if own else wrapper.backward(loss)
+            wrapper.step()
+            wrapper.zero_grad()
+        histories.append(wrapper.modulator.history)
+    return histories
+
+
 def refuse_sharded_optimizer(rank, world_size):
     cfg = wrapper_cfg()
     cfg['optimizer'] = dict(
@@ -490,6 +525,10 @@ def run_all(rank, world_size):
                 train_disturbed(rank, world_size, estimator, optimizer, factor)
             )
     if world_size == 2:
+        for estimator in ('split', 'pairs'):
+            results['own', estimator] = train_by_own_backward(
+                rank, world_size, estimator
+            )
         for *case, _ in TINY:
             results['tiny', tuple(case)] = train_tiny(rank, world_size, *case)
     results['resumed'] = [
@@ -504,6 +543,7 @@ def run_all(rank, world_size):
     if world_size == 2:
         refuse_second_hook(rank, world_size)
         refuse_inexact_means(rank, world_size)
+        refuse_two_backward_passes(rank, world_size)
         refuse_sharded_optimizer(rank, world_size)
     return results
 
@@ -626,6 +666,14 @@ def test_gradients_that_vanish_in_float16_are_told(results, case):
         if told:  # once, and what to do
             assert "set comm_hook='bf16' (with NCCL) or None" in about[0]
             assert history
+
+
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+def test_own_backward_passes_are_measured_alike(results, estimator):
+    if len(results) > 2:
+        pytest.skip('2 ranks are enough')
+    own, usual = results[0]['own', estimator]
+    assert own == usual and len(own) == 3
 
 
 def test_resumed_training_equals_uninterrupted(results):

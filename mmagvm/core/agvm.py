@@ -40,6 +40,9 @@ NO_STATE = (
     'the optimizer had no state yet to measure by, which it has after the '
     'first updates'
 )
+OTHER_BACKWARDS = (
+    'it had another number of backward passes than of micro-batches'
+)
 NOT_FINITE = 'gradients were NaN or infinite'
 NO_ANCHOR = 'the module that the others follow had no gradient'
 OTHER_STEP = (
@@ -47,6 +50,8 @@ OTHER_STEP = (
     'optim_wrapper.update_params(loss), or its backward(loss) and step(), '
     'without MMEngine agvm.step()'
 )
+#: Updates of a process during which what is wrong with its loop still ends it.
+EARLY = 10
 #: Part of a module's squared gradient that may be lost on the way to others.
 LOST = 0.01
 
@@ -137,7 +142,11 @@ class AGVM:
         self._stepped = False
         self._stepping = False
         self._seen_gradients = False
-        self._backwards = 0  # of this update
+        self._begun = False  # an update that is to have all micro-batches
+        self._forwards = 0  # of this update, if they are announced
+        self._backwards = 0
+        self._counts_forwards = False
+        self._done = 0  # updates of this process
         self._last_begun = False  # the forward pass of its last micro-batch
         self._told_raw = False
         self._told_lost = False
@@ -215,6 +224,15 @@ class AGVM:
             model, self.optimizer, self._frozen, grad_variance.world_size
         )
 
+    def before_forward(self) -> None:
+        """Before each forward pass that gets a backward pass of its own.
+
+        After :meth:`begin_update`. A loop that calls this is told if it has
+        more backward passes than that.
+        """
+        self._counts_forwards = True
+        self._forwards += 1
+
     @outside_of_graphs
     def begin_update(self, loss_scale: Optional[Tensor] = None) -> None:
         """Measure this update if it is due; before its first forward pass.
@@ -224,7 +242,9 @@ class AGVM:
                 number on their device. None for 1.
         """
         self._why_not = ''
-        self._backwards, self._last_begun = 0, False
+        self._begun, self._last_begun = True, False
+        if self._backwards == 0 or not self._has_gradients():
+            self._forwards = self._backwards = 0
         if self._grad_variance is not None and self.settings.is_due(
             self.update
         ):
@@ -263,7 +283,17 @@ class AGVM:
 
         Args:
             clip_grad: How they will be clipped, as MMEngine has it.
+
+        Raises:
+            ValueError: One of the first updates of a training is not of
+                ``accumulation`` backward passes, each with a forward pass of
+                its own; later a warning says so.
         """
+        wrong = self._wrong_backwards()
+        if wrong and self._done < EARLY:
+            raise ValueError(wrong)
+        if wrong:
+            self._why_not = OTHER_BACKWARDS
         grad_variance = self._grad_variance
         if grad_variance is None or not grad_variance.measuring:
             return
@@ -277,6 +307,37 @@ class AGVM:
             self._why_not = NO_ANCHOR if measurement.finite else NOT_FINITE
         self._tell_raw(grad_variance)
         self._tell_lost(measurement)
+
+    def _wrong_backwards(self) -> str:
+        """What is wrong with how often gradients were added up, if anything.
+
+        None at all are the loss's own, of which nobody knows how many.
+        """
+        done, forwards = self._backwards, self._forwards
+        if done and self._counts_forwards and done > forwards:
+            return (
+                f'an update has {done} backward passes and {forwards} forward '
+                'passes in optim_context, and AGVM takes the gradient of each '
+                'for that of a batch of its own: add the losses of a batch up '
+                'and call update_params once for each optim_context'
+            )
+        if done and self._begun and done != self.accumulation:
+            return (
+                f'an update has {done} backward passes where '
+                f'accumulative_counts={self.accumulation}: add the losses of '
+                'a batch up and call update_params once, or set '
+                f'accumulative_counts={done} in optim_wrapper, without '
+                f'MMEngine AGVM(..., accumulation={done})'
+            )
+        return ''
+
+    def _has_gradients(self) -> bool:
+        """Whether gradients are left of a backward pass without a step."""
+        return any(
+            param.grad is not None and bool(param.grad.any())
+            for group in self.optimizer.param_groups
+            for param in group['params']
+        )
 
     def _unseen(self) -> bool:
         """Whether gradients came by another way than the one announced.
@@ -371,13 +432,17 @@ class AGVM:
             self._stepping = False
         self._account()
         self.update += self._stepped
+        self._done += self._stepped
+        self._forwards = self._backwards = 0
+        self._begun = False
 
     def _account(self) -> None:
         """Count the update that is done, if it was due and not measured."""
         if self._why_not and self.settings.is_due(self.update):
             self.missed[self._why_not] += 1
             told = self.missed[self._why_not] > 1
-            if self._why_not in (NOT_BEGUN, OWN_BACKWARD) and not told:
+            of_loop = (NOT_BEGUN, OWN_BACKWARD, OTHER_BACKWARDS)
+            if self._why_not in of_loop and not told:
                 logger.warning(
                     'update %d was due and is not measured, because %s',
                     self.update,
@@ -411,7 +476,7 @@ class AGVM:
     def micro_batch(
         self, scaler: Optional['torch.amp.GradScaler'] = None
     ) -> Iterator[None]:
-        """Around forward and backward of a micro-batch.
+        """Around the one forward and backward pass of a micro-batch.
 
         Ranks exchange gradients in the last one of an update only.
 
@@ -430,6 +495,7 @@ class AGVM:
         last = self._micro_batches == self.accumulation - 1
         if self._micro_batches == 0:
             self.begin_update(scale_of(scaler, self.optimizer))
+        self.before_forward()
         if last:
             self.before_last_forward()
         no_sync: Callable[[], Any] = nullcontext

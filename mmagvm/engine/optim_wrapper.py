@@ -134,6 +134,7 @@ class AGVMOptimWrapper(OptimWrapper):
         self.agvm.attach(model)
         if self._starts_complete_update():
             self.agvm.begin_update(self._loss_scale())
+        self.agvm.before_forward()
         if self.should_sync():
             self.agvm.before_last_forward()
 
