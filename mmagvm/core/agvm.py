@@ -14,6 +14,8 @@ from mmagvm.core.grad_variance import (
     GradVariance,
     Measurement,
     build_grad_variance,
+    param_states,
+    refuse_fixed_rates,
     refuse_sparse_gradients,
 )
 from mmagvm.core.graphs import outside_of_graphs
@@ -123,6 +125,7 @@ class AGVM:
         anchor = find_anchor(modules, self.settings.anchor)
         if self.settings.modulate:
             refuse_single_module(modules)
+            refuse_fixed_rates(optimizer)
         low, high = self.settings.ratio_range
         self.modulator = Modulator(
             modules,
@@ -375,11 +378,14 @@ class AGVM:
 
     def _tell_raw(self, grad_variance: GradVariance) -> None:
         """Say once if Alg. 2 might be expected but cannot be had."""
-        state = self.optimizer.state
-        if self._told_raw or not any(state.values()):
+        if self._told_raw:
+            return
+        states = param_states(self.optimizer)
+        if not states:
             return
         self._told_raw = True
-        kept = set().union(*state.values()) - {'momentum_buffer'}
+        kept = {str(key) for _, values in states for key in values}
+        kept.discard('momentum_buffer')
         if kept and not grad_variance.preconditioner.adaptive:
             logger.info(
                 '%s keeps %s, from which it is not known how it scales '

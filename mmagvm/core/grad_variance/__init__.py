@@ -7,6 +7,8 @@ from .build import (
     refuse_sharded_model,
     refuse_sparse_gradients,
 )
+from .preconditioner import refuse_fixed_rates
+from .probe import param_states
 from .ranks import COMM_HOOKS
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     'GradVariance',
     'Measurement',
     'build_grad_variance',
+    'param_states',
+    'refuse_fixed_rates',
     'refuse_sharded_model',
     'refuse_sparse_gradients',
 ]

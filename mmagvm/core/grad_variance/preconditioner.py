@@ -14,6 +14,8 @@ from torch import Tensor
 
 from mmagvm.core.functional import adam_divisor
 
+from .probe import is_adams, param_states, traits_of
+
 State = Dict[Tensor, Dict[str, Any]]
 
 
@@ -83,7 +85,7 @@ class Elementwise(Preconditioner):
 
     @property
     def past_known(self) -> bool:
-        return any(self.optimizer.state.values())
+        return bool(param_states(self.optimizer))
 
     def by_past(
         self,
@@ -161,7 +163,7 @@ class Rotated(Elementwise):
 
     @property
     def present_known(self) -> bool:
-        return any(self.optimizer.state.values())
+        return bool(param_states(self.optimizer))
 
     def rotate(
         self,
@@ -186,19 +188,45 @@ class Rotated(Elementwise):
 def find_preconditioner(optimizer: torch.optim.Optimizer) -> Preconditioner:
     """The preconditioner of an optimizer, one for all of its parameters.
 
-    Told from its class and its state; before the first update, when there is
-    none, from whether it has Adam's coefficients. What is not known for
-    certain, for a single parameter or for all, leaves raw gradients: norms of
-    raw and of divided ones must not add up within a module.
+    Told from its class, from what :mod:`.probe` finds and from its state;
+    before the first update, when there is none, from whether it has Adam's
+    coefficients. What is not known for certain, for a single parameter or for
+    all, leaves raw gradients: norms of raw and of divided ones must not add
+    up within a module.
     """
     kind: Type[Preconditioner] = Preconditioner
-    if 'SOAP' in {cls.__name__ for cls in type(optimizer).__mro__}:
+    if _is_soap(optimizer):
         kind = Rotated
-    elif all(_has_adams_options(group) for group in optimizer.param_groups):
-        states = [values for values in optimizer.state.items() if values[1]]
-        if all(_is_adams(param, values) for param, values in states):
-            kind = Elementwise
+    elif (
+        all(_has_adams_options(group) for group in optimizer.param_groups)
+        and all(is_adams(*state) for state in param_states(optimizer))
+        and traits_of(optimizer).elementwise is not False
+    ):
+        kind = Elementwise
     return kind(optimizer)
+
+
+def refuse_fixed_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Raise a ValueError if multipliers of groups would have no effect."""
+    if not _is_soap(optimizer) and traits_of(optimizer).scales is False:
+        raise ValueError(
+            f'{type(optimizer).__name__} steps at a learning rate that it '
+            'takes for all parameter groups together, so that lr_scale would '
+            'change nothing: set modulate=False in optim_wrapper to measure '
+            "only, or optimizer.type to another one, such as 'AdamW'"
+        )
+
+
+def _is_soap(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is pytorch_optimizer's, or made of it."""
+    return (
+        'SOAP' in {cls.__name__ for cls in type(optimizer).__mro__}
+        and callable(getattr(optimizer, 'project', None))
+        and all(
+            {'merge_dims', 'max_precondition_dim'} <= set(group)
+            for group in optimizer.param_groups
+        )
+    )
 
 
 def _has_adams_options(group: Dict[str, Any]) -> bool:
@@ -210,19 +238,7 @@ def _has_adams_options(group: Dict[str, Any]) -> bool:
     return (
         'use_muon' not in group
         and {'betas', 'eps'} <= set(group)
+        and isinstance(group['betas'], (tuple, list))
         and len(group['betas']) == 2
-    )
-
-
-def _is_adams(param: Tensor, values: Dict[str, Any]) -> bool:
-    """Whether v is kept for each element of a parameter.
-
-    Beside it there may be numbers and other tensors of the parameter's shape;
-    anything else is a basis, or a projection, that v may be kept in.
-    """
-    return 'exp_avg_sq' in values and all(
-        value.shape == param.shape or value.numel() == 1
-        if isinstance(value, Tensor)
-        else value is None or isinstance(value, (bool, int, float))
-        for value in values.values()
+        and isinstance(group['eps'], (int, float))
     )
