@@ -6,10 +6,11 @@ import pytest
 import torch
 from commands import load_command
 from mmengine.config import Config
+from mmengine.config.lazy import LazyObject
 from mmengine.optim import build_optim_wrapper
 from toy import make_batch, make_model, train, wrapper_cfg
 
-from mmagvm import AGVMAmpOptimWrapper
+from mmagvm import AGVMAmpOptimWrapper, AGVMOptimWrapper
 
 HOST = 'mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available'
 
@@ -141,3 +142,31 @@ def test_several_optimizers_have_no_amp_switch():
     with pytest.raises(ValueError, match=r"--amp: .* several, \['first'\]"):
         load_command('train.py').enable_amp(cfg)
     assert 'type' not in cfg.optim_wrapper
+
+
+@pytest.mark.parametrize(
+    'kind',
+    [
+        AGVMOptimWrapper,
+        'mmagvm.engine.optim_wrapper.AGVMOptimWrapper',
+        LazyObject('mmagvm.engine', 'AGVMOptimWrapper'),
+    ],
+    ids=['class', 'dumped', 'lazy'],
+)
+def test_amp_switch_knows_types_that_are_no_names(kind):
+    cfg = Config(dict(optim_wrapper=dict(type=kind, optimizer={})))
+    load_command('train.py').enable_amp(cfg)
+    assert cfg.optim_wrapper.type == 'AGVMAmpOptimWrapper'
+
+
+def test_amp_switch_names_a_class_it_does_not_know():
+    cfg = Config(dict(optim_wrapper=dict(type=Config, optimizer={})))
+    with pytest.raises(ValueError, match="type='Config' has no mixed"):
+        load_command('train.py').enable_amp(cfg)
+
+
+@pytest.mark.parametrize('setting', [None, {}, dict(base_batch_size=None)])
+def test_auto_scale_lr_needs_a_base(setting):
+    cfg = Config(dict(auto_scale_lr=setting))
+    with pytest.raises(ValueError, match='no auto_scale_lr.base_batch_size'):
+        load_command('train.py').enable_auto_scale_lr(cfg)

@@ -6,6 +6,7 @@
 3. What is refused.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from mmagvm.planning import large_batch as planning
-from mmagvm.planning.config_reader import find_base_batch_size
+from mmagvm.planning.config_reader import find_base_batch_size, load
+from mmagvm.planning.counts import convert_average
+from mmagvm.planning.large_batch_config import plan
+from mmagvm.planning.model_modules import package_configs
 
 TOOL = Path(__file__).parent.parent / 'tools/misc/make_large_batch_config.py'
 FASTER_RCNN = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
@@ -53,6 +57,78 @@ def own(tmp_path):
         file = tmp_path / 'configs' / name
         file.parent.mkdir(exist_ok=True)
         file.write_text(f'_base_ = {base!r}\n{lines}\n')
+        return file
+
+    return write
+
+
+PURE_PYTHON_BASE = """
+from mmdet.datasets import CocoDataset
+from mmengine.dataset import DefaultSampler
+from mmengine.hooks import CheckpointHook, EMAHook
+from mmengine.optim import AmpOptimWrapper, LinearLR, MultiStepLR
+from mmengine.runner import EpochBasedTrainLoop
+from torch.optim import SGD
+
+default_scope = None
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=0,
+    sampler=dict(type=DefaultSampler, shuffle=True),
+    dataset=dict(type=CocoDataset, ann_file='no.json', pipeline=[]))
+train_cfg = dict(type=EpochBasedTrainLoop, max_epochs=12)
+optim_wrapper = dict(
+    type=AmpOptimWrapper, optimizer=dict(type=SGD, lr=0.01, momentum=0.9))
+param_scheduler = [
+    dict(type=LinearLR, start_factor=0.1, by_epoch=False, begin=0, end=100),
+    dict(type=MultiStepLR, by_epoch=True, milestones=[8])]
+custom_hooks = [dict(type=EMAHook)]
+default_hooks = dict(checkpoint=dict(type=CheckpointHook, interval=1))
+"""
+PURE_PYTHON = """
+from mmengine.config import read_base
+from torch.nn import BatchNorm2d
+from torch.optim import SGD
+
+with read_base():
+    from .pure_base import *
+from mmdet.models import (
+    FPN, DetDataPreprocessor, FocalLoss, L1Loss, ResNet, RetinaHead, RetinaNet)
+from mmdet.models.task_modules import (
+    AnchorGenerator, DeltaXYWHBBoxCoder, MaxIoUAssigner, PseudoSampler)
+
+model = dict(
+    type=RetinaNet,
+    data_preprocessor=dict(type=DetDataPreprocessor),
+    backbone=dict(
+        type=ResNet, depth=18, base_channels=8, num_stages=4,
+        norm_cfg=dict(type=BatchNorm2d)),
+    neck=dict(
+        type=FPN, in_channels=[8, 16, 32, 64], out_channels=16, num_outs=5),
+    bbox_head=dict(
+        type=RetinaHead, num_classes=2, in_channels=16, feat_channels=16,
+        anchor_generator=dict(
+            type=AnchorGenerator, octave_base_scale=4, scales_per_octave=3,
+            ratios=[0.5, 1.0, 2.0], strides=[8, 16, 32, 64, 128]),
+        bbox_coder=dict(type=DeltaXYWHBBoxCoder),
+        loss_cls=dict(type=FocalLoss), loss_bbox=dict(type=L1Loss)),
+    train_cfg=dict(
+        assigner=dict(
+            type=MaxIoUAssigner, pos_iou_thr=0.5, neg_iou_thr=0.4),
+        sampler=dict(type=PseudoSampler)))
+"""
+
+
+@pytest.fixture
+def pure_python(tmp_path):
+    """A config without strings for types, and its base."""
+
+    def write(lines=''):
+        folder = tmp_path / 'configs'
+        folder.mkdir(exist_ok=True)
+        (folder / 'pure_base.py').write_text(PURE_PYTHON_BASE)
+        file = folder / 'pure.py'
+        file.write_text(f'{PURE_PYTHON}\n{lines}\n')
         return file
 
     return write
@@ -350,6 +426,241 @@ def test_own_lamb_is_scaled_as_the_recipes(make):
     )
 
 
+# -- what counts iterations, epochs or images
+
+
+def planned(name, batch=480, gpus=32, base=None, file=None):
+    """The plan for a config, without its model."""
+    cfg = load(name)
+    planning.check(cfg)
+    args = argparse.Namespace(
+        config=file or name,
+        batch_size=batch,
+        gpus=gpus,
+        max_images_per_gpu=16,
+        base_batch_size=base,
+        images=100_000,
+        optimizer=None,
+    )
+    return plan(cfg, args)[0]
+
+
+@pytest.mark.parametrize(
+    'name, base, changed, told',
+    [
+        (
+            'mmdet::yolox/yolox_s_8xb8-300e_coco.py',
+            64,
+            dict(momentum=7.498e-4, gamma=267),
+            [
+                'BatchSyncRandomResize].interval=10',
+                'log_processor.window_size=50 count iterations',
+                'YOLOXModeSwitchHook].num_last_epochs=15 count epochs',
+                '62700 iterations',
+            ],
+        ),
+        (
+            'mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py',
+            16,
+            dict(momentum=5.983e-3, gamma=67),
+            ['PipelineSwitchHook].switch_epoch=280', '[(280, 1)]'],
+        ),
+        (
+            'mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_'
+            '180k_semi-0.1-coco.py',
+            40,
+            dict(momentum=1.193e-2),
+            ['180000 -> 15000 iterations', 'GroupMultiSourceSampler makes'],
+        ),
+        (
+            'mmdet::dynamic_rcnn/dynamic-rcnn_r50_fpn_1x_coco.py',
+            16,
+            {},
+            ['dynamic_rcnn.update_iter_interval=100'],
+        ),
+        (
+            'mmdet::tood/tood_r50_fpn_1x_coco.py',
+            16,
+            {},
+            ['model.train_cfg.initial_epoch=4'],
+        ),
+        (
+            'mmseg::emanet/emanet_r50-d8_4xb2-80k_cityscapes-512x1024.py',
+            8,
+            {},
+            ['model.decode_head.momentum=0.1 count'],
+        ),
+    ],
+    ids=['YOLOX', 'RTMDet', 'SoftTeacher', 'DynamicRCNN', 'TOOD', 'EMANet'],
+)
+def test_what_counts_is_converted_or_named(name, base, changed, told):
+    result = planned(name, base=base)
+    hooks = result.diff['custom_hooks']
+    averages = [hook for hook in hooks if 'momentum' in hook]
+    assert len(averages) == bool(changed)
+    for key, value in changed.items():
+        assert averages[0][key] == pytest.approx(value, rel=1e-3)
+    text = ' '.join(result.reasons)
+    for part in told:
+        assert part in text
+
+
+def test_sampler_makes_batches_as_large(own):
+    name = (
+        'mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_'
+        'semi-0.1-coco.py'
+    )
+    loader = planned(name, base=40).diff['train_dataloader']
+    assert loader == dict(batch_size=15, sampler=dict(batch_size=15))
+    with pytest.raises(ValueError, match=r'source_ratio=\[1, 4\] of .* of 5'):
+        planned(name, batch=512, base=40)
+
+
+def test_dynamic_intervals_of_iterations():
+    name = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py'
+    train = planned(name, batch=160, gpus=10, base=16).diff['train_cfg']
+    assert train['max_iters'] == 36875
+    assert train['dynamic_intervals'] == [(36500, 36875)]
+
+
+def test_iterations_of_a_config_that_accumulates():
+    """Its iterations see less than its batch."""
+    name = 'mmseg::beit/beit-large_upernet_8xb1-amp-160k_ade20k-640x640.py'
+    cfg = load(name)
+    assert cfg.optim_wrapper.accumulative_counts == 2
+    result = planned(name, batch=160, gpus=10)
+    assert cfg.train_cfg.max_iters == 320_000  # of 8 images
+    assert result.diff['train_cfg']['max_iters'] == 16_000
+
+
+def test_decay_of_each_iteration_is_converted():
+    batch = planning.Batch(64, 4, 16, 1, 16)
+    old = dict(type='ExponentialLR', by_epoch=False, gamma=0.99)
+    _, new = planning.schedule([old], None, batch, 5, None)
+    assert new['gamma'] == pytest.approx(0.99**4, rel=1e-5)
+    old = dict(old, by_epoch=True)
+    assert planning.schedule([old], None, batch, 5, 10.0)[1]['gamma'] == 0.99
+
+
+def test_moving_average_forgets_as_fast():
+    hook = dict(type='EMAHook', begin_iter=800, ema_type='ExpMomentumEMA')
+    new, told = convert_average(hook, 4)
+    assert new['momentum'] == pytest.approx(1 - 0.9998**4, rel=1e-3)
+    assert (new['gamma'], new['begin_iter']) == (500, 200)
+    assert 'begin_iter 800 -> 200' in told
+    assert convert_average(hook, 1) is None
+    assert convert_average(dict(type='CheckInvalidLossHook'), 4) is None
+
+
+def test_hooks_of_others_are_named(own):
+    lines = (
+        "custom_hooks = [dict(type='UnfreezeHook', unfreeze_iter=3000, "
+        'unfreeze_epoch=2, width=7)]'
+    )
+    text = ' '.join(planned(str(own(lines=lines))).reasons)
+    assert 'custom_hooks[0: UnfreezeHook].unfreeze_iter=3000, ' in text
+    assert '0: UnfreezeHook].unfreeze_epoch=2 count epochs' in text
+    assert 'width' not in text
+
+
+@pytest.mark.parametrize('package', ['mmdet', 'mmseg'])
+@pytest.mark.slow
+def test_every_config_is_planned_or_refused(package):
+    """In a sentence each; about half a minute."""
+    planned_ones = 0
+    for path in sorted(package_configs(package).rglob('*.py')):
+        if '_base_' in path.parts:
+            continue
+        try:
+            planned(str(path))
+        except ValueError as error:
+            if '--base-batch-size' in str(error):
+                planned(str(path), base=16)
+            assert '\n' not in str(error), path
+        else:
+            planned_ones += 1
+    assert planned_ones > 600
+
+
+# -- pure Python configs
+
+
+def test_pure_python_config_is_written_in_full(make, pure_python):
+    cfg, text, printed = make(
+        *(pure_python(), '--batch-size', 64, '--gpus', 4),
+        *('--base-batch-size', 16, '--images', 6400),
+    )
+    assert '\n_base_' not in text and '<class' not in text + printed
+    assert cfg.model.type == 'mmdet.models.RetinaNet'
+    wrapper = cfg.optim_wrapper
+    assert wrapper.type == 'AGVMAmpOptimWrapper'
+    assert wrapper.optimizer == dict(
+        type='torch.optim.SGD', lr=0.04, momentum=0.9
+    )
+    warmup, decay = cfg.param_scheduler
+    assert warmup.type == 'mmengine.optim.LinearLR'
+    assert warmup.end == 100 and decay.milestones == [8]
+    ema, agvm = cfg.custom_hooks
+    assert (ema.type, agvm.type) == ('mmengine.hooks.EMAHook', 'AGVMHook')
+    assert ema.momentum == pytest.approx(8e-4, rel=1e-2)
+    assert 'modules that AGVM tells apart: backbone, neck, bbox_head' in (
+        printed
+    )
+
+
+def test_pure_python_config_can_change_its_optimizer(make, pure_python):
+    cfg, _, printed = make(
+        *(pure_python(), '--batch-size', 64, '--gpus', 4),
+        *('--base-batch-size', 16, '--images', 6400, '--optimizer', 'AdamW'),
+    )
+    assert cfg.optim_wrapper.optimizer.type == 'AdamW'
+    assert 'momentum' not in cfg.optim_wrapper.optimizer
+    assert 'SGD -> AdamW' in printed
+
+
+def test_pure_python_config_is_planned_and_its_modules_found(
+    pure_python, monkeypatch, capsys
+):
+    file = str(pure_python())
+    options = '--gpus 4 --images-per-gpu 16 --ms-per-iter 100 --rule COCO'
+    monkeypatch.setattr(sys, 'argv', ['', file, *options.split()])
+    monkeypatch.setattr(sys, 'argv', [*sys.argv, '--images', '6400'])
+    load_command('misc/plan_run.py').main()
+    assert '1200 updates' in capsys.readouterr().out
+    monkeypatch.setattr(sys, 'argv', ['', file])
+    load_command('misc/list_modules.py').main()
+    assert 'bbox_head' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'lines, message',
+    [
+        (
+            'from toy_runner import ToyModel\n'
+            'optim_wrapper.update(type=ToyModel)',
+            "optim_wrapper.type='ToyModel' has no AGVM counterpart",
+        ),
+        (
+            'from nowhere import Model\nmodel.update(type=Model)',
+            'could not be read: .*Failed to import nowhere',
+        ),
+        (
+            'optim_wrapper.update(optimizer=dict(first=dict(type=SGD)))\n'
+            'optim_wrapper.optimizer.pop("type")',
+            'optim_wrapper.optimizer has no type',
+        ),
+    ],
+)
+def test_unsuitable_pure_python_config_is_refused(
+    make, pure_python, tmp_path, lines, message
+):
+    with pytest.raises(SystemExit, match=message) as refusal:
+        make(pure_python(lines), '--batch-size', 64, '--gpus', 4)
+    assert '<class' not in str(refusal.value)
+    assert '\n' not in str(refusal.value)
+    assert not (tmp_path / 'out.py').exists()
+
+
 # -- what is refused
 
 
@@ -392,7 +703,7 @@ def test_bad_arguments_are_refused(make, tmp_path, config, options, message):
         ),
         (
             "optim_wrapper = dict(constructor='LayerDecay')",
-            "constructor='LayerDecay' would be replaced",
+            "base_constructor='LayerDecay' in optim_wrapper is not registered",
         ),
         ("model = dict(neck=dict(type='NoNeck'))", 'model could not be built'),
         ('optim_wrapper = dict(modules=["tail"])', "'tail'.* no trainable"),

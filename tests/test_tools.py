@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from commands import load_checkpoint
+from commands import load_checkpoint, run
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = 'configs/quickstart/faster-rcnn_r18_fpn_2xb8-agvm-4e_digits.py'
@@ -302,6 +302,58 @@ default_hooks = dict(
     assert '[12/12]' in done.stdout
     state = load_checkpoint(tmp_path / 'work/iter_12.pth')['optimizer']['agvm']
     assert [update for update, _ in state['history']] == [1, 6, 11]
+
+
+# -- pure Python configs
+
+PURE_PYTHON = """
+from mmengine.hooks import CheckpointHook, LoggerHook
+from mmengine.dataset import DefaultSampler, default_collate
+from mmengine.optim import LinearLR
+from torch.optim import SGD
+
+from mmagvm import AGVMHook, AGVMOptimWrapper, AGVMOptimWrapperConstructor
+from toy_runner import ToyDataset, ToyModel
+
+default_scope = None
+model = dict(type=ToyModel)
+train_dataloader = dict(
+    batch_size=4, num_workers=0, dataset=dict(type=ToyDataset),
+    sampler=dict(type=DefaultSampler, shuffle=True),
+    collate_fn=dict(type=default_collate))
+train_cfg = dict(by_epoch=True, max_epochs=2)
+optim_wrapper = dict(
+    type=AGVMOptimWrapper, constructor=AGVMOptimWrapperConstructor,
+    optimizer=dict(type=SGD, lr=0.05), accumulative_counts=2, interval=1)
+auto_scale_lr = dict(base_batch_size=4)
+param_scheduler = [
+    dict(type=LinearLR, start_factor=0.1, by_epoch=False, end=5)]
+custom_hooks = [dict(type=AGVMHook)]
+default_hooks = dict(
+    logger=dict(type=LoggerHook, interval=1),
+    checkpoint=dict(type=CheckpointHook, interval=1))
+randomness = dict(seed=0)
+"""
+
+
+def test_pure_python_config_trains_and_resumes(tmp_path):
+    config = tmp_path / 'pure.py'
+    config.write_text(PURE_PYTHON)
+    work = tmp_path / 'work'
+    options = '--auto-scale-lr --cfg-options optim_wrapper.estimator=split'
+    first = run(
+        *(sys.executable, 'tools/train.py', config, '--work-dir', work),
+        *(*options.split(), 'train_cfg.max_epochs=1'),
+    )
+    assert 'module backbone' in first
+    # as dumped, and on by itself
+    run(
+        *(sys.executable, 'tools/train.py', work / 'pure.py'),
+        *('--work-dir', work, '--resume', *options.split()),
+        'train_cfg.max_epochs=2',
+    )
+    state = load_checkpoint(work / 'epoch_2.pth')['optimizer']['agvm']
+    assert state['history']
 
 
 # -- bad input: one sentence, before any training

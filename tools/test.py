@@ -4,6 +4,7 @@ import argparse
 
 from mmengine.config import Config
 
+from mmagvm.engine.config_types import package_of, type_name
 from mmagvm.errors import UsageError, command
 from mmagvm.launch.rendezvous import lost_ranks_told
 from mmagvm.launch.runner import (
@@ -39,7 +40,7 @@ def parse_args() -> argparse.Namespace:
 
 def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
     """Let the config's visualization hook draw."""
-    if 'visualization' not in cfg.default_hooks:
+    if 'visualization' not in cfg.get('default_hooks', {}):
         raise UsageError(
             '--show, --show-dir: the config has no '
             'default_hooks.visualization to draw with'
@@ -50,7 +51,7 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
     hook.wait_time = args.wait_time
     if args.show_dir is not None:
         # mmdet's hook writes there; mmseg's where its visualizer does
-        if cfg.get('default_scope') == 'mmdet':
+        if type_name(hook.type) == 'DetVisualizationHook':
             hook.test_out_dir = args.show_dir
         else:
             cfg.visualizer.save_dir = args.show_dir
@@ -58,10 +59,9 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
 
 def dump_predictions(cfg: Config, out: str) -> None:
     """Add an evaluator that keeps the predictions."""
+    # with its package, since pure Python configs have no scope
     dump = (
-        'DumpDetResults'
-        if cfg.get('default_scope') == 'mmdet'
-        else 'DumpResults'
+        'mmdet.DumpDetResults' if package_of(cfg) == 'mmdet' else 'DumpResults'
     )
     evaluators = cfg.test_evaluator
     if not isinstance(evaluators, (list, tuple)):

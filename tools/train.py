@@ -4,6 +4,7 @@ import argparse
 
 from mmengine.config import Config
 
+from mmagvm.engine.config_types import type_name
 from mmagvm.errors import UsageError, command
 from mmagvm.launch.rendezvous import lost_ranks_told
 from mmagvm.launch.resume import choose_checkpoint
@@ -47,12 +48,16 @@ def enable_amp(cfg: Config) -> None:
         AGVMOptimWrapper='AGVMAmpOptimWrapper',
         AGVMAmpOptimWrapper='AGVMAmpOptimWrapper',
     )
+    if not cfg.get('optim_wrapper'):
+        raise UsageError(
+            '--amp: the config has no optim_wrapper to train with: add one'
+        )
     if 'optimizer' not in cfg.optim_wrapper:
         raise UsageError(
             f'--amp: optim_wrapper has several, {[*cfg.optim_wrapper]}: '
             "write type='AmpOptimWrapper' in each, and train without --amp"
         )
-    plain = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    plain = type_name(cfg.optim_wrapper.get('type', 'OptimWrapper'))
     if plain not in amp_of:
         raise UsageError(
             f'--amp: optim_wrapper.type={plain!r} has no mixed-precision '
@@ -64,7 +69,7 @@ def enable_amp(cfg: Config) -> None:
 
 def enable_auto_scale_lr(cfg: Config) -> None:
     """Switch on the linear rule, if the config says from which batch."""
-    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+    if not (cfg.get('auto_scale_lr') or {}).get('base_batch_size'):
         raise UsageError(
             '--auto-scale-lr: the config has no auto_scale_lr.base_batch_size,'
             ' the batch that its learning rate was made for: add '

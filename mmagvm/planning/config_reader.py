@@ -10,6 +10,11 @@ from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS
 
+from mmagvm.engine.config_types import (
+    import_types,
+    package_of,
+    type_name,
+)
 from mmagvm.errors import refuse
 from mmagvm.recipes.lr_scaling import COCO_IMAGES, RECIPES, STUDY_RULES, Recipe
 
@@ -28,13 +33,33 @@ def load(name: str) -> Config:
         refuse(f'{name}: no such config file')
     try:
         if '::' not in name:
-            return Config.fromfile(name)
+            cfg = Config.fromfile(name)
+            for key in cfg.to_dict():  # without what is merely imported
+                import_types(dict.get(cfg._cfg_dict, key))
+            return cfg
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / 'config.py'
             file.write_text(f'_base_ = {name!r}\n')
             return Config.fromfile(file)
     except Exception as error:
         return refuse(f'{name} could not be read: {one_line(error)}')
+
+
+def scope_of(cfg: Config, otherwise: str = 'mmengine') -> str:
+    """Where a config's names without a package are looked up.
+
+    Pure Python configs set none, so that each package finds its own: that of
+    the model's class, here.
+
+    Args:
+        cfg: The config.
+        otherwise: The scope if it says nothing.
+    """
+    scope = cfg.get('default_scope')
+    if scope is None and 'default_scope' in cfg:
+        package = package_of(cfg)
+        scope = package if package in MODELS.children else None
+    return scope or otherwise
 
 
 def one_line(error: Exception) -> str:
@@ -98,14 +123,15 @@ def innermost(dataset: Dict[str, Any]) -> Dict[str, Any]:
 
 def count_images(dataset: Dict[str, Any]) -> int:
     """Images in a training set, known or counted."""
-    if dataset.get('type') == 'RepeatDataset':
+    kind = type_name(dataset.get('type'))
+    if kind == 'RepeatDataset':
         return int(dataset['times']) * count_images(dataset['dataset'])
-    if dataset.get('type') == 'MultiImageMixDataset':
+    if kind == 'MultiImageMixDataset':
         return count_images(dataset['dataset'])
     path = dataset.get('ann_file') or (dataset.get('data_prefix') or {}).get(
         'img_path', ''
     )
-    known = IMAGES.get((dataset.get('type', ''), Path(path).name))
+    known = IMAGES.get((kind, Path(path).name))
     if known and not dataset.get('metainfo') and not dataset.get('indices'):
         return known
     try:

@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 
+from mmagvm.engine.config_types import package_of, type_name
 from mmagvm.errors import refuse
 from mmagvm.planning.config_reader import one_line
 
@@ -22,7 +23,7 @@ def image_size(cfg: Config) -> Tuple[int, int]:
     """Height and width of the largest images that the pipeline gives."""
     found = None
     for step in pipeline(cfg):
-        kind = step.get('type', '')
+        kind = type_name(step.get('type'))
         sizes: Any = step.get('scale') or step.get('scales')
         if 'Resize' in kind and sizes:
             sizes = (sizes, sizes) if isinstance(sizes, int) else sizes
@@ -66,7 +67,7 @@ def make_data(
 ) -> Dict[str, Any]:
     """Noise with random annotations, as a data loader gives images."""
     height, width = size
-    if cfg.get('default_scope') == 'mmseg':
+    if package_of(cfg) == 'mmseg':
         from mmengine.structures import PixelData
         from mmseg.structures import SegDataSample
 
@@ -90,10 +91,10 @@ def make_data(
     strides = [
         round(1 / step['scale_factor'])
         for step in steps
-        if step.get('type') == 'SegRescale'
+        if type_name(step.get('type')) == 'SegRescale'
     ]
     # which loads masks and a map unless told otherwise
-    panoptic = any('Panoptic' in step.get('type', '') for step in steps)
+    panoptic = any('Panoptic' in type_name(step.get('type')) for step in steps)
     data: Dict[str, Any] = demo_mm_inputs(
         images,
         [(3, height, width)] * images,
@@ -126,7 +127,8 @@ def profile(
         f'profile on {device}: {images} images of {size[0]} x {size[1]}',
         flush=True,
     )
-    amp = 'Amp' in cfg.optim_wrapper.get('type', '') and device == 'cuda'
+    kind = type_name(cfg.optim_wrapper.get('type'))
+    amp = 'Amp' in kind and device == 'cuda'
     optimizer = dict(cfg.optim_wrapper.optimizer, lr=1e-9)
     seconds = []
     try:

@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from mmengine.config import Config
 
+from mmagvm.engine.config_types import type_name, type_path, with_strings
 from mmagvm.errors import refuse
 from mmagvm.planning.config_reader import (
     count_images,
@@ -13,6 +14,7 @@ from mmagvm.planning.config_reader import (
     is_iteration_based,
     recipe_of,
 )
+from mmagvm.planning.counts import convert_average, unchanged
 from mmagvm.recipes.lr_scaling import (
     CLIP_MARGIN,
     MEASURING_DELAY,
@@ -33,7 +35,7 @@ WRAPPERS = dict(
     AGVMAmpOptimWrapper='AGVMAmpOptimWrapper',
 )
 CONSTRUCTORS = (
-    None,
+    '',
     'DefaultOptimWrapperConstructor',
     'AGVMOptimWrapperConstructor',
 )
@@ -95,11 +97,22 @@ class Batch:
     images_per_gpu: int
     accumulation: int
     base: int
+    base_accumulation: int = 1
 
-    def iterations(self, old: int) -> int:
+    @property
+    def updates(self) -> float:
+        """Updates that see as many images as an old iteration."""
+        return self.base / self.base_accumulation / self.size
+
+    @property
+    def times(self) -> float:
+        """Images of an iteration, over those of an old one."""
+        return 1 / (self.accumulation * self.updates)
+
+    def iterations(self, old: float) -> int:
         """As many images as ``old`` iterations of the original saw."""
-        updates = round(old * self.base / self.size)
-        return self.accumulation * max(updates, min(old, 1))
+        updates = round(old * self.updates)
+        return int(self.accumulation * max(updates, min(old, 1)))
 
 
 def split_batch(size: int, gpus: int, max_images: int, base: int = 0) -> Batch:
@@ -151,7 +164,8 @@ def plan_training(
     """
     plan_optimizer(result, cfg, batch, wanted, dataset)
     recipe = recipe_of(
-        wanted or cfg.optim_wrapper.optimizer['type'], cfg.train_cfg
+        wanted or type_name(cfg.optim_wrapper.optimizer['type']),
+        cfg.train_cfg,
     )
     clip_norm = at(recipe.clip_norm, batch.size)
     if wanted and clip_norm:
@@ -159,7 +173,33 @@ def plan_training(
         result.because(f'gradients clipped to norm {clip_norm:g}, as there')
     warmup, total = plan_schedule(result, cfg, batch, recipe, images)
     plan_agvm(result, cfg, batch, warmup, total, recipe)
+    tell_unchanged(result, cfg, batch, total)
     return warmup, total
+
+
+def tell_unchanged(
+    result: Plan, cfg: Config, batch: Batch, total: float
+) -> None:
+    """Name the numbers that count and were left as they are."""
+    by_epoch = not is_iteration_based(cfg.train_cfg)
+    iterations, epochs = unchanged(cfg, result.diff, by_epoch)
+    if iterations:
+        new = math.ceil(total * batch.accumulation)
+        result.because(
+            f'not changed: {", ".join(iterations)} count iterations or '
+            f'images; the new run has {new} iterations of '
+            f'{batch.size // batch.accumulation} images, '
+            f'{batch.times:.3g} times those of the original: check them'
+        )
+    if epochs:
+        result.because(
+            f'not changed: {", ".join(epochs)} count epochs, '
+            + (
+                'which are as many as before'
+                if by_epoch
+                else 'and the run ends by iterations: check them'
+            )
+        )
 
 
 def check(cfg: Config) -> None:
@@ -176,17 +216,34 @@ def check(cfg: Config) -> None:
             f'optim_wrapper has several, {[*wrapper]}, and AGVM modulates one '
             'optimizer of the whole model: write a single optim_wrapper'
         )
-    kind = wrapper.get('type', 'OptimWrapper')
+    optimizer = wrapper.optimizer
+    if not isinstance(optimizer, dict) or not optimizer.get('type'):
+        refuse(
+            'optim_wrapper.optimizer has no type, and AGVM modulates one '
+            "optimizer of the whole model: write optimizer=dict(type='SGD', "
+            '...)'
+        )
+    if not isinstance(cfg.train_dataloader.get('dataset'), dict):
+        refuse(
+            'train_dataloader.dataset is not the config of one data set: '
+            'write dataset=dict(type=...)'
+        )
+    if not isinstance(cfg.train_dataloader.get('batch_size'), int):
+        refuse(
+            'train_dataloader has no batch_size: write the images of one GPU'
+        )
+    if not cfg.train_cfg.get('max_epochs') and not cfg.train_cfg.get(
+        'max_iters'
+    ):
+        refuse(
+            'train_cfg has neither max_epochs nor max_iters: write the length '
+            'of the training'
+        )
+    kind = type_name(wrapper.get('type', 'OptimWrapper'))
     if kind not in WRAPPERS:
         refuse(
             f'optim_wrapper.type={kind!r} has no AGVM counterpart: write '
             "'OptimWrapper' or 'AmpOptimWrapper' in the original"
-        )
-    if wrapper.get('constructor') not in CONSTRUCTORS:
-        refuse(
-            f'optim_wrapper.constructor={wrapper.constructor!r} would be '
-            'replaced by AGVMOptimWrapperConstructor: remove it from the '
-            'original, or say the same in paramwise_cfg.custom_keys'
         )
 
 
@@ -195,13 +252,14 @@ def plan_optimizer(
 ) -> None:
     """The optimizer and its learning rate."""
     optimizer = cfg.optim_wrapper.optimizer
-    name = wanted or optimizer['type']
+    own = type_name(optimizer['type'])
+    name = wanted or own
     if wanted is not None and wanted not in OPTIONS:
         refuse(
             f'--optimizer {wanted} is unknown here: write one of '
             f'{", ".join(OPTIONS)}, or set it in the original'
         )
-    if name == optimizer['type']:
+    if name == own:
         rule, origin = rule_of(name, data)
         if not optimizer.get('lr'):
             refuse(
@@ -231,6 +289,7 @@ def another_optimizer(
 ) -> Tuple[Dict[str, Any], str]:
     """The config of an optimizer that the original does not have, and why."""
     like, options = OPTIONS[name]
+    replaced = type_name(old['type'])
     if like == 'SGD' and 'ADE20K' in data:
         options = dict(options, weight_decay=5e-4)
     _, papers = find_rule(like, data)
@@ -243,7 +302,7 @@ def another_optimizer(
     elif name in STUDY_RULES:
         rule, known = STUDY_RULES[name], BY_STUDY
     lr = rule(batch.size)
-    if name in STUDY_RULES and old['type'] == like and old.get('lr'):
+    if name in STUDY_RULES and replaced == like and old.get('lr'):
         # the rule is of multiples of AdamW's rate
         times = old['lr'] / usual(batch.base)
         lr *= times
@@ -252,7 +311,7 @@ def another_optimizer(
             f"the {usual(batch.base):.3g} of the paper's rule; {known}"
         )
     return dict(_delete_=True, type=name, lr=rounded(lr), **options), (
-        f'{old["type"]} -> {name} with learning rate {rounded(lr):g}: {rule} '
+        f'{replaced} -> {name} with learning rate {rounded(lr):g}: {rule} '
         f'({known})'
     )
 
@@ -310,9 +369,7 @@ def plan_schedule(
         )
     if own is not None:
         unit = (
-            epoch
-            if schedulers[own].get('by_epoch', True)
-            else batch.base / batch.size
+            epoch if schedulers[own].get('by_epoch', True) else batch.updates
         )
         before = math.ceil(schedulers[own]['end'] * (unit or 0))
         if before > wanted:
@@ -328,7 +385,7 @@ def plan_schedule(
 
 def plain(cfg: Config, value: Dict[str, Any]) -> Dict[str, Any]:
     """What was written; a ``package::`` base adds the scope that is meant."""
-    value = dict(value)
+    value = with_strings(value)
     if value.get('_scope_') == cfg.get('default_scope'):
         value.pop('_scope_', None)
     return value
@@ -341,7 +398,7 @@ def find_warmup(schedulers: List[Dict[str, Any]]) -> Optional[int]:
             'end_factor', 1
         )
         if (
-            scheduler['type'].rpartition('.')[2] in WARMUPS
+            type_name(scheduler['type']) in WARMUPS
             and scheduler.get('begin', 0) == 0
             and 'end' in scheduler
             and grows
@@ -371,16 +428,16 @@ def plan_iterations(result: Plan, cfg: Config, batch: Batch) -> int:
     checkpoint = cfg.get('default_hooks', {}).get('checkpoint') or {}
     if checkpoint.get('by_epoch') is False and checkpoint.get('interval'):
         result.diff['default_hooks'] = dict(
-            checkpoint=dict(interval=scaled(checkpoint['interval']))
+            checkpoint={
+                key: scaled(checkpoint[key])
+                for key in ('interval', 'save_begin')
+                if checkpoint.get(key)
+            }
         )
     result.because(
         f'{old.max_iters} -> {length} iterations, and all that counts in them '
         'likewise, so that as many images are seen'
     )
-    if cfg.get('custom_hooks'):
-        result.because(
-            'custom_hooks are as they were: check iterations in them'
-        )
     return length // batch.accumulation
 
 
@@ -408,6 +465,10 @@ def schedule(
         if not by_epoch:
             for key in set(SPANS) & set(old):
                 new[key] = scaled(old[key], batch)
+            if type_name(old['type']).startswith('Exponential') and (
+                'gamma' in old  # the factor of each iteration
+            ):
+                new['gamma'] = float(f'{old["gamma"] ** batch.times:.6g}')
         if index == own:
             new.update(by_epoch=False, begin=0, end=end)
             new.pop('convert_to_iter_based', None)
@@ -446,7 +507,9 @@ def scaled(value: Any, batch: Batch) -> Any:
     """Iterations, or lists of them, of the new batch."""
     if isinstance(value, (list, tuple)):
         return [scaled(item, batch) for item in value]
-    return value if value is None else batch.iterations(value)
+    if value is None or math.isinf(value):
+        return value
+    return batch.iterations(value)
 
 
 def plan_agvm(
@@ -465,13 +528,23 @@ def plan_agvm(
     if warmup + delay > total / 2:  # too little is left to modulate
         delay = 0
     result.diff['optim_wrapper'].update(
-        type=WRAPPERS[cfg.optim_wrapper.get('type', 'OptimWrapper')],
+        type=WRAPPERS[
+            type_name(cfg.optim_wrapper.get('type', 'OptimWrapper'))
+        ],
         constructor='AGVMOptimWrapperConstructor',
         accumulative_counts=batch.accumulation,
         interval=interval,
         ema_decay=0.97,
         begin=warmup + delay,
     )
+    constructor = cfg.optim_wrapper.get('constructor')
+    if type_name(constructor) not in CONSTRUCTORS:
+        constructor = type_path(constructor)
+        result.diff['optim_wrapper']['base_constructor'] = constructor
+        result.because(
+            f'{constructor} gives parameters their options, and AGVM groups '
+            'them by module'
+        )
     result.because(
         f'AGVM measures every {interval} updates (tau), the first time '
         f'{delay} after the warm-up, in update {warmup + delay} of '
@@ -501,7 +574,11 @@ def plan_hooks(result: Plan, cfg: Config, batch: Batch, warmup: int) -> None:
     old = [plain(cfg, hook) for hook in cfg.get('custom_hooks') or []]
     hooks = [dict(hook) for hook in old]
     for hook in hooks:
-        if hook['type'] == 'ClipGradWindowHook':
+        converted = convert_average(hook, batch.times)
+        if converted is not None:
+            hook.update(converted[0])
+            result.because(converted[1])
+        if type_name(hook['type']) == 'ClipGradWindowHook':
             begin, end = max(0, warmup - CLIP_MARGIN), warmup + CLIP_MARGIN
             hook.update(
                 begin=begin * batch.accumulation, end=end * batch.accumulation
@@ -510,7 +587,7 @@ def plan_hooks(result: Plan, cfg: Config, batch: Batch, warmup: int) -> None:
                 f'ClipGradWindowHook clips updates {begin} to {end}, around '
                 'the end of the warm-up, as in the official code'
             )
-    if not any(hook['type'] == 'AGVMHook' for hook in hooks):
+    if not any(type_name(hook['type']) == 'AGVMHook' for hook in hooks):
         hooks.append(dict(type='AGVMHook'))
     if hooks != old:
         result.diff['custom_hooks'] = hooks

@@ -6,8 +6,9 @@ loads and builds it to see that it works, and tells what changed and why.
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
@@ -15,6 +16,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmagvm  # noqa: F401  registers AGVM
+from mmagvm.engine.config_types import (
+    is_pure_python,
+    type_name,
+    with_strings,
+)
 from mmagvm.engine.hook import useless_sync_bn
 from mmagvm.errors import refuse
 from mmagvm.planning.config_reader import (
@@ -47,19 +53,45 @@ def plan(cfg: Config, args: argparse.Namespace) -> Tuple[Plan, Batch]:
         if args.base_batch_size
         else find_base_batch_size(args.config, cfg)
     )
-    batch = Batch(
-        batch.size, batch.gpus, batch.images_per_gpu, batch.accumulation, base
+    batch = replace(
+        batch,
+        base=base,
+        base_accumulation=cfg.optim_wrapper.get('accumulative_counts', 1),
     )
     result = Plan()
     result.because(f'the original is for a batch of {base}: {source}')
-    result.diff['train_dataloader'] = dict(batch_size=batch.images_per_gpu)
+    result.diff['train_dataloader'] = plan_loader(result, cfg, batch)
     result.because(
         f'batch {batch.size} = {batch.gpus} GPUs x {batch.images_per_gpu} '
         f'images x {batch.accumulation} accumulated micro-batches'
     )
-    dataset = innermost(cfg.train_dataloader.dataset).get('type', '')
+    dataset = type_name(innermost(cfg.train_dataloader.dataset).get('type'))
     plan_training(result, cfg, batch, args.optimizer, dataset, args.images)
     return result, batch
+
+
+def plan_loader(result: Plan, cfg: Config, batch: Batch) -> Dict[str, Any]:
+    """Images of a GPU, also where a sampler has to know of them."""
+    old = cfg.train_dataloader
+    loader: Dict[str, Any] = dict(batch_size=batch.images_per_gpu)
+    for name in ('sampler', 'batch_sampler'):
+        sampler = old.get(name) or {}
+        if 'batch_size' not in sampler:
+            continue
+        if sampler['batch_size'] != old.batch_size:
+            continue  # tell_unchanged names it
+        loader[name] = dict(batch_size=batch.images_per_gpu)
+        told = f'{type_name(sampler["type"])} makes batches as large'
+        ratio = sampler.get('source_ratio')
+        if ratio and batch.images_per_gpu % sum(ratio):
+            refuse(
+                f'--batch-size {batch.size} gives {batch.images_per_gpu} '
+                f'images to a GPU, which source_ratio={list(ratio)} of '
+                f'train_dataloader.{name} cannot divide: write a batch that '
+                f'gives a multiple of {sum(ratio)}, with --max-images-per-gpu'
+            )
+        result.because(told)
+    return loader
 
 
 def default_out(name: str, batch: Batch, optimizer: Optional[str]) -> Path:
@@ -72,8 +104,12 @@ def default_out(name: str, batch: Batch, optimizer: Optional[str]) -> Path:
     )
 
 
-def write(out: Path, name: str, result: Plan) -> None:
-    """Write the config that inherits from ``name``, with the reasons."""
+def write(out: Path, name: str, cfg: Config, result: Plan) -> None:
+    """Write the config that inherits from ``name``, with the reasons.
+
+    A pure Python one cannot be inherited from by a file that could lie
+    anywhere: it is written in full, as MMEngine dumps it.
+    """
     if out.exists() and not out.read_text().startswith(HEADER):
         refuse(
             f'{out} is there and was not made by this tool: name another with '
@@ -84,16 +120,28 @@ def write(out: Path, name: str, result: Plan) -> None:
     if '::' not in name:
         base = Path(os.path.relpath(name, out.parent)).as_posix()
     reasons = ''.join(f'# - {reason}\n' for reason in result.reasons)
-    body = Config(result.diff).pretty_text
-    out.write_text(f'{HEADER}{reasons}_base_ = [{base!r}]\n{body}')
+    diff = with_strings(result.diff)
+    if is_pure_python(cfg):
+        whole = Config(cfg.to_dict())
+        whole.merge_from_dict(diff)
+        origin = f'# All of {base}, which is pure Python, with its changes.\n'
+        text = whole.pretty_text
+    else:
+        origin = f'_base_ = [{base!r}]\n'
+        text = Config(diff).pretty_text
+    out.write_text(f'{HEADER}{reasons}{origin}{text}')
 
 
 def verify(out: Path, result: Plan, model: nn.Module) -> List[str]:
     """Load what was written and build its optimizer; the modules found."""
-    cfg = Config.fromfile(out)
-    compare(cfg.to_dict(), result.diff, '')
+    try:
+        cfg = Config.fromfile(out)
+        compare(cfg.to_dict(), with_strings(result.diff), '')
+    except Exception as error:  # whatever was in it
+        out.unlink()
+        return refuse(f'what was written cannot be read: {one_line(error)}')
     settings = cfg.optim_wrapper
-    if settings.type == 'AGVMAmpOptimWrapper':  # which needs a GPU
+    if type_name(settings.type) == 'AGVMAmpOptimWrapper':  # which needs a GPU
         settings.type = 'AGVMOptimWrapper'
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
             settings.pop(key, None)

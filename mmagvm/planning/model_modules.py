@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
 import torch
+import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
@@ -17,7 +18,12 @@ from mmagvm.core.modules import (
     refuse_single_module,
 )
 from mmagvm.errors import UsageError, refuse
-from mmagvm.planning.config_reader import load, one_line, without_weights
+from mmagvm.planning.config_reader import (
+    load,
+    one_line,
+    scope_of,
+    without_weights,
+)
 
 
 @dataclass
@@ -60,7 +66,7 @@ class ModuleReader:
             cfg = load(name)
             if not cfg.get('model'):
                 refuse('it has no model')
-            scope = cfg.get('default_scope') or scope
+            scope = scope_of(cfg, scope)
             settings = cfg.get('optim_wrapper') or {}
             modules, anchor = settings.get('modules'), settings.get('anchor')
             key = repr((scope, cfg.model.to_dict(), modules, anchor))
@@ -87,7 +93,7 @@ def package_configs(package: str) -> Path:
 
 def _modules_of(cfg: Config, modules: Any, anchor: Any) -> ModelModules:
     try:
-        with uninitialised():
+        with uninitialised(), alone():
             model = MODELS.build(
                 {**without_weights(cfg.model), **_no_teacher(cfg)}
             )
@@ -114,6 +120,21 @@ def _modules_of(cfg: Config, modules: Any, anchor: Any) -> ModelModules:
 def _no_teacher(cfg: Config) -> Dict[str, None]:
     """What keeps distillation from fetching its teacher's weights."""
     return {key: None for key in cfg.model if key == 'teacher_ckpt'}
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A process group of this process, which MMCV's SyncBN asks for."""
+    if not dist.is_available() or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group(
+        'gloo', store=dist.HashStore(), rank=0, world_size=1
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import nn
 
 from mmagvm.analysis.markdown import table
 from mmagvm.core.modules import find_modules
+from mmagvm.engine.config_types import type_name
 from mmagvm.errors import refuse
 from mmagvm.planning import large_batch as large_batch_plan
 from mmagvm.planning.config_reader import (
@@ -88,7 +89,7 @@ def find_dataset(cfg: Config, rule: Optional[str]) -> str:
     known = dict(COCO='CocoDataset', ADE20K='ADE20KDataset')
     if rule is not None:
         return known[rule]
-    name = innermost(cfg.train_dataloader.dataset).get('type', '')
+    name = type_name(innermost(cfg.train_dataloader.dataset).get('type'))
     for part, dataset in known.items():
         if part.lower() in name.lower():
             return dataset

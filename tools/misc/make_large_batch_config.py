@@ -12,7 +12,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
 from mmagvm.errors import command
-from mmagvm.planning.config_reader import build_model, load
+from mmagvm.planning.config_reader import build_model, load, scope_of
 from mmagvm.planning.large_batch import OPTIONS, check
 from mmagvm.planning.large_batch_config import (
     advise_norm,
@@ -74,11 +74,11 @@ def main() -> None:
     MMLogger.get_instance('mmengine', log_level='ERROR')
     cfg = load(args.config)
     check(cfg)
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    init_default_scope(scope_of(cfg))
     result, batch = plan(cfg, args)
     model = build_model(cfg)
     out = args.out or default_out(args.config, batch, args.optimizer)
-    write(out, args.config, result)
+    write(out, args.config, cfg, result)
     modules = verify(out, result, model)
     print(f'{out}, with {args.config} as its base:')
     for line in (

@@ -16,6 +16,7 @@ from mmagvm.planning.config_reader import (
     find_base_batch_size,
     is_iteration_based,
     load,
+    scope_of,
 )
 from mmagvm.planning.iteration_profile import image_size, profile
 from mmagvm.planning.large_batch import Batch, check
@@ -185,7 +186,7 @@ def main() -> None:
     MMLogger.get_instance('mmengine', log_level='ERROR')
     cfg = load(args.config)
     check(cfg)
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    init_default_scope(scope_of(cfg))
     dataset = find_dataset(cfg, args.rule)
     base = args.base_batch_size or find_base_batch_size(args.config, cfg)[0]
     images = args.images
@@ -197,7 +198,10 @@ def main() -> None:
 
     def train_on(gpus: int) -> Training:
         size = gpus * args.images_per_gpu * accumulation
-        batch = Batch(size, gpus, args.images_per_gpu, accumulation, base)
+        batch = Batch(
+            *(size, gpus, args.images_per_gpu, accumulation, base),
+            cfg.optim_wrapper.get('accumulative_counts', 1),
+        )
         training = plan_training(cfg, batch, images, dataset)
         if args.interval:
             training = replace(training, interval=args.interval)
