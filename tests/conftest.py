@@ -17,12 +17,20 @@ torch.set_num_threads(1)
 #: Files whose tests start many processes or train real models, longest first.
 SLOW = (
     *('tools', 'study', 'faults', 'recipes_train', 'ranks', 'benchmarks'),
+    'every_optimizer',
     *('example', 'slurm', 'nodes', 'packaging', 'models', 'configs'),
 )
 
 
-def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
-    """Mark slow files, and begin with them, or one would end alone."""
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: List[pytest.Item]
+) -> None:
+    """Mark slow files, and begin with them, or one would end alone.
+
+    What is marked ``sweep`` runs only if ``-m`` asks for it.
+    """
+    if 'sweep' not in config.getoption('-m'):
+        items[:] = [i for i in items if i.get_closest_marker('sweep') is None]
     order = {f'test_{name}': place for place, name in enumerate(SLOW)}
     for item in items:
         if item.path.stem in order:

@@ -418,23 +418,29 @@ class AGVM:
     def scaled_step(self) -> Iterator[None]:
         """The optimizer steps in here: with ``lr * mu``, then the old lr.
 
+        A rate that the optimizer itself changes in its step stays changed.
+
         Counts the update, unless a loss scaler skips it.
         """
         groups = self.optimizer.param_groups
-        scale = self.modulator.lr_scale
         saved = [group['lr'] for group in groups]
+        scale = [
+            self.modulator.lr_scale[module]
+            if self.settings.modulate and module is not None
+            else None
+            for module in self._group_modules
+        ]
         self._stepped, self._stepping = False, True
+        given = [
+            lr if mu is None else lr * mu for lr, mu in zip(saved, scale)
+        ]
         try:
-            if self.settings.modulate:
-                for group, lr, module in zip(
-                    groups, saved, self._group_modules
-                ):
-                    if module is not None:
-                        group['lr'] = lr * scale[module]
+            for group, lr in zip(groups, given):
+                group['lr'] = lr
             yield
         finally:
-            for group, lr in zip(groups, saved):
-                group['lr'] = lr
+            for group, lr, own, mu in zip(groups, given, saved, scale):
+                group['lr'] = _restored(group['lr'], lr, own, mu)
             self._stepping = False
         self._account()
         self.update += self._stepped
@@ -623,6 +629,21 @@ class AGVM:
         self.modulator.load_state_dict(state)
         self.update = state['update']
         self.batch = dict(state['batch'])
+
+
+def _restored(now: Any, given: Any, own: Any, mu: Optional[float]) -> Any:
+    """A group's learning rate after a step.
+
+    Args:
+        now: What it is.
+        given: What it was in the step, ``own * mu``.
+        own: What it was before.
+        mu: None for 1.
+    """
+    same = now is given or (isinstance(now, float) and now == given)
+    if same:
+        return own
+    return now if mu is None else now / mu
 
 
 def images_per_sample(batch: Dict[str, Optional[int]]) -> Optional[int]:

@@ -7,7 +7,7 @@ it, of which one rank's rounding then counts on all.
 """
 
 from abc import abstractmethod
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from mmagvm.core.functional import pairs_noise, pairs_variance, sum_type
 
 from .base import GradVariance, Measurement, slices_with_grad
 from .micro_batches import MicroBatchVariance
-from .ranks import RankVariance
+from .ranks import RankVariance, read_here
 
 
 class Pairs(GradVariance):
@@ -91,6 +91,7 @@ class PairsRanks(Pairs, RankVariance):
     def local_squares(self) -> Tensor:
         self._remove_hooks()
         squares, self._squares = self._squares, {}
+        read_here(squares.values())
 
         def square_of(group: Dict[str, Any]) -> List[Tensor]:
             parts = [squares[p] for p in group['params'] if p in squares]

@@ -22,7 +22,7 @@ from mmagvm.core.wrapped import optimizers_in
 
 #: A matrix and a kernel that are large enough to be factored, projected or
 #: rotated by who does such things, and a vector.
-SHAPES = ((160, 136), (12, 8, 3, 3), (33,))
+SHAPES = ((160, 136), (6, 4, 2, 2), (33,))
 STEPS = 4
 #: Of gradients, small enough for no optimizer to clip them.
 SIZE = 1e-3

@@ -1,7 +1,16 @@
 """Sees each rank's local gradients, before they are averaged."""
 
 from abc import abstractmethod
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 import torch.distributed as dist
@@ -101,6 +110,7 @@ class RankVariance(GradVariance):
         losses, self._losses = self._losses, {}
         if not losses:
             return super().to_cpu(sums)
+        read_here(losses.values())
 
         def losses_of(group: Dict[str, Any]) -> List[Tensor]:
             none = sums.new_zeros(2)
@@ -127,6 +137,19 @@ class RankVariance(GradVariance):
             self._losses[param] = self.squares(
                 group, [param, param], [lost, grad]
             )
+
+
+def read_here(tensors: Iterable[Tensor]) -> None:
+    """Tell the allocator that this stream reads what hooks have computed.
+
+    Autograd runs a hook on the stream of its parameter, which need not be
+    the one that measures. ``backward`` returns with the latter waiting for
+    the former, so values are there. But memory goes back to the stream that
+    it is of, which could overwrite it while it is read.
+    """
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def sends_float16(model: DistributedDataParallel) -> bool:

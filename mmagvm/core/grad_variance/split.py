@@ -71,7 +71,9 @@ class SplitRanks(Split, RankVariance):
         self._views: Dict[Tensor, Tensor] = {}
 
     def before_last_backward(self) -> None:
-        # zeros: a parameter that this rank does not use others may
+        # zeros: a parameter that this rank does not use others may. Memory of
+        # this stream, which hooks of others only fill: backward makes them
+        # wait for the zeros, and this stream for them before all is sent
         self._chunks, self._views = _chunks_like(
             [
                 param
@@ -81,6 +83,10 @@ class SplitRanks(Split, RankVariance):
             ]
         )
         super().before_last_backward()
+
+    def drop(self) -> None:
+        super().drop()
+        self._chunks, self._views = [], {}
 
     def see(self, param: Tensor, grad: Tensor, group: Dict[str, Any]) -> None:
         super().see(param, grad, group)
