@@ -67,9 +67,9 @@ def test_parts_of_an_update():
     split, pairs = parts('split'), parts('pairs')
     assert split.compute == pairs.compute == 0.2
     assert split.all_reduce == pairs.all_reduce == pytest.approx(whole)
-    # once more on one update in ten; or 4 numbers in one collective
+    # once more on one update in ten; or 2 numbers of each of 4 modules in one
     assert split.agvm == pytest.approx(whole / 10)
-    assert pairs.agvm == pytest.approx((6 * 32 / 4 / 1e9 + 6e-5) / 10)
+    assert pairs.agvm == pytest.approx((6 * 64 / 4 / 1e9 + 6e-5) / 10)
     assert parts('split', measured=0).agvm == 0
     assert split.total == pytest.approx(0.2 + 1.1 * whole)
     hidden = replace(CLUSTER, overlap=0.75)
