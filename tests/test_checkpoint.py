@@ -7,8 +7,15 @@ import pickle
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
-from mmengine.optim import build_optim_wrapper
+from mmengine.optim import (
+    DefaultOptimWrapperConstructor,
+    OptimWrapper,
+    build_optim_wrapper,
+)
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from toy import MODULES, make_model, train, wrapper_cfg
+
+from mmagvm.engine.optim_state import _fits
 
 # with both package sets
 pytestmark = pytest.mark.host
@@ -171,6 +178,211 @@ def test_checkpoint_of_another_model_is_refused():
     _, wrapper = trained(updates=0)
     with pytest.raises(ValueError, match='2 parameters without names'):
         wrapper.load_state_dict(optimizer.state_dict())
+
+
+# -- from a run that another constructor grouped
+
+
+def by_depth(model):
+    """Groups as a layer-wise decay of mmdet makes them: named."""
+    groups = {}
+    for name, param in model.named_parameters():
+        depth = name.count('.')
+        group = groups.setdefault(
+            (depth, param.ndim),
+            dict(
+                params=[],
+                param_names=[],
+                group_name=f'layer_{depth}',
+                lr=0.01 * 0.5**depth,
+                weight_decay=0.1 if param.ndim == 2 else 0.0,
+            ),
+        )
+        group['params'].append(param)
+        group['param_names'].append(name)
+    return list(groups.values())
+
+
+def plain_run(groups_of):
+    """A model and a plain wrapper of AdamW after three updates."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(groups_of(model), lr=0.01)
+    wrapper = OptimWrapper(optimizer)
+    train(model, wrapper, 3)
+    return model, wrapper
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class ByDepth(DefaultOptimWrapperConstructor):
+    def add_params(self, params, module, **kwargs):
+        assert self.paramwise_cfg['decay_rate'] == 0.5
+        params.extend(by_depth(module))
+
+
+def test_layer_wise_decay_goes_on_at_each_parameters_own_rate(tmp_path):
+    model, plain = plain_run(by_depth)
+    for group in plain.param_groups:
+        group['lr'] *= 0.1  # as after a decay
+    saved = through_a_file(plain.state_dict(), tmp_path)
+    other = make_model()
+    wrapper = build_optim_wrapper(
+        other,
+        wrapper_cfg(
+            'AdamW',
+            paramwise_cfg=dict(decay_rate=0.5),
+            base_constructor='ByDepth',
+        ),
+    )
+    wrapper.load_state_dict(saved)
+    names = {p: n for n, p in other.named_parameters()}
+    rates = {
+        names[param]: (group['lr'], group['weight_decay'])
+        for group in wrapper.optimizer.param_groups
+        for param in group['params']
+    }
+    assert rates == {
+        name: (group['lr'], group['weight_decay'])
+        for group in plain.optimizer.param_groups
+        for name in group['param_names']
+    }
+    ours = dict(model.named_parameters())
+    for name, param in other.named_parameters():
+        assert torch.equal(
+            wrapper.optimizer.state[param]['exp_avg'],
+            plain.optimizer.state[ours[name]]['exp_avg'],
+        )
+
+
+def test_rates_that_one_group_cannot_keep_are_refused(tmp_path):
+    _, plain = plain_run(by_depth)
+    saved = through_a_file(plain.state_dict(), tmp_path)
+    wrapper = build_optim_wrapper(make_model(), wrapper_cfg('AdamW'))
+    with pytest.raises(
+        ValueError,
+        match=r'decay=0.1 for .* one parameter group.*base_construct',
+    ):
+        wrapper.load_state_dict(saved)
+
+
+def three_groups(model):
+    """As YOLO trainers make them: without names, in an order of their own."""
+    weights = [p for p in model.parameters() if p.ndim == 2]
+    biases = [p for p in model.parameters() if p.ndim < 2]
+    return [
+        dict(params=biases[:3], weight_decay=0.0),
+        dict(params=weights),
+        dict(params=biases[3:], weight_decay=0.0),
+    ]
+
+
+def backwards(model):
+    """One group without names, in another order than the model's."""
+    return list(model.parameters())[::-1]
+
+
+@pytest.mark.parametrize(
+    'groups_of, told',
+    [
+        (three_groups, 'without names in 3 groups .*another constructor'),
+        (backwards, 'of other shapes, such as where backbone.0.weight'),
+    ],
+)
+def test_parameters_without_names_are_never_guessed(groups_of, told, tmp_path):
+    _, plain = plain_run(groups_of)
+    saved = through_a_file(plain.state_dict(), tmp_path)
+    model = make_model()
+    wrapper = build_optim_wrapper(model, wrapper_cfg('AdamW'))
+    before = copy.deepcopy(wrapper.state_dict())
+    with pytest.raises(ValueError, match=told):
+        wrapper.load_state_dict(saved)
+    assert wrapper.state_dict() == before
+
+
+def test_state_of_another_shape_is_left_out_and_told(tmp_path, log):
+    """As of a head for other classes, whose name is the same."""
+    model, wrapper = trained('AdamW')
+    saved = through_a_file(wrapper.state_dict(), tmp_path)
+    other = make_model()
+    other.roi_head['bbox_head'] = torch.nn.Linear(5, 8).double()
+    ours = build_optim_wrapper(
+        other, wrapper_cfg('AdamW', accumulative_counts=2)
+    )
+    ours.load_state_dict(saved)
+    (told,) = (line for line in log if 'another shape' in line)
+    assert 'knows 2 parameter(s) in another shape' in told
+    assert 'roi_head.bbox_head.weight' in told
+    state = ours.optimizer.state
+    assert not state.get(other.roi_head['bbox_head'].weight)
+    assert torch.equal(
+        state[other.neck.weight]['exp_avg'],
+        wrapper.optimizer.state[model.neck.weight]['exp_avg'],
+    )
+    train(other, ours, 6, accumulation=2, start=4)
+
+
+def test_checkpoint_without_the_frozen_parameters_is_no_surprise(log):
+    """As those are in which frozen parameters were left out of groups."""
+    model = make_model()
+    model.backbone[0].requires_grad_(False)
+    model.neck.requires_grad_(False)
+    cfg = wrapper_cfg('AdamW', accumulative_counts=2)
+    wrapper = build_optim_wrapper(model, cfg)
+    train(model, wrapper, 3, accumulation=2)
+    state = wrapper.state_dict()
+    kept, index = {}, 0
+    groups = []
+    for group in state['param_groups']:
+        known = [
+            (i, name)
+            for i, name in zip(group['params'], group['param_names'])
+            if dict(model.named_parameters())[name].requires_grad
+        ]
+        for i, _ in known:
+            kept[index] = state['state'][i]
+            index += 1
+        if known:
+            first = index - len(known)
+            groups.append(
+                {
+                    **group,
+                    'params': list(range(first, index)),
+                    'param_names': [name for _, name in known],
+                }
+            )
+    old = {**state, 'state': kept, 'param_groups': groups}
+    other = build_optim_wrapper(model, cfg)
+    other.load_state_dict(copy.deepcopy(old))
+    assert not [line for line in log if 'does not know' in line]
+    assert not [line for line in log if 'other modules' in line]
+    for param in model.parameters():
+        ours, theirs = (
+            w.optimizer.state.get(param, {}) for w in (other, wrapper)
+        )
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert torch.equal(ours[key], theirs[key])
+
+
+@pytest.mark.parametrize(
+    'values, shape, fits',
+    [
+        (None, (4, 6), True),
+        ({}, (4, 6), True),
+        (dict(step=torch.tensor(3.0)), (4, 6), True),
+        (dict(exp_avg=torch.ones(4, 6)), (4, 6), True),
+        (dict(exp_avg=torch.ones(8, 6)), (4, 6), False),
+        (dict(exp_avg=torch.ones(24)), (4, 6), False),
+        # Adafactor's rows and columns
+        (dict(row=torch.ones(4, 1), col=torch.ones(1, 6)), (4, 6), True),
+        (dict(row=torch.ones(8, 1), col=torch.ones(1, 6)), (4, 6), False),
+        # a projecting optimizer's
+        (dict(exp_avg=torch.ones(2, 6), projector=object()), (4, 6), True),
+        # a basis beside it
+        (dict(exp_avg=torch.ones(4, 6), Q=[torch.eye(9)]), (4, 6), True),
+    ],
+)
+def test_shapes_that_can_belong_to_a_parameter(values, shape, fits):
+    assert _fits(values, torch.zeros(shape)) == fits
 
 
 def renamed(state, old, new):

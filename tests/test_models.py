@@ -1,13 +1,18 @@
 """Real models of mmdet and mmseg: modules and groups."""
 
+import json
+
 import pytest
+from commands import load_command
 from mmdet.datasets.samplers import (
     AspectRatioBatchSampler,
     MultiDataAspectRatioBatchSampler,
 )
 from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 from toy import wrapper_cfg
 
@@ -146,3 +151,121 @@ def test_samplers_of_mmdet_tell_their_batch_sizes():
     # as semi-supervised configs have it
     assert batch_sizes(DataLoader(range(8), batch_size=5)) == [5]
     assert batch_sizes(DataLoader(range(8), batch_size=None)) == []
+
+
+# -- the tool that lists modules
+
+LIST = 'misc/list_modules.py'
+
+
+@pytest.fixture
+def list_modules(monkeypatch, capsys, tmp_path):
+    """Call the tool; the lines that it prints."""
+    tool = load_command(LIST)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args, folder=None):
+        if folder is not None:
+            monkeypatch.setattr(tool, 'package_configs', lambda _: folder)
+        monkeypatch.setattr('sys.argv', [LIST, *map(str, args)])
+        tool.main()
+        return capsys.readouterr().out.splitlines()
+
+    yield call
+    DefaultScope._instance_dict.clear()
+
+
+def test_modules_inside_of_real_models_are_listed(list_modules, tmp_path):
+    """A student with its teacher, a detector of a tracker, two encoders."""
+    names = [
+        'mmdet::soft_teacher/'
+        'soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py',
+        'mmdet::qdtrack/qdtrack_faster-rcnn_r50_fpn_8xb2-4e_mot17halftrain_'
+        'test-mot17halfval.py',
+        'mmseg::san/san-vit-b16_coco-stuff164k-640x640.py',
+        'mmdet::common/ms_3x_coco.py',
+    ]
+    out = tmp_path / 'modules.jsonl'
+    lines = list_modules(*names, '--out', out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    student, tracker, encoders, none = rows
+    assert list(student['modules']) == [f'student.{m}' for m in DETECTOR]
+    assert student['anchor'] == 'student.backbone'
+    assert list(tracker['modules']) == [
+        *(f'detector.{m}' for m in DETECTOR),
+        'track_head',
+    ]
+    assert tracker['anchor'] == 'detector.backbone'
+    assert encoders['anchor'] == 'image_encoder'
+    assert none['problem'] == 'it has no model'
+    assert lines[0].endswith('; all follow student.backbone')
+    assert lines[-1] == (
+        '4 configs: 3 can be trained with AGVM, 0 cannot, 1 have no model '
+        'that can be built here'
+    )
+    # what is known is not built again
+    assert list_modules(*names, '--out', out) == lines
+    assert len(out.read_text().splitlines()) == 4
+
+
+def test_all_configs_of_a_package_are_listed(list_modules, tmp_path):
+    """On a stand-in of four configs, as all of mmdet's take minutes."""
+    folder = tmp_path / 'configs'
+    (folder / '_base_').mkdir(parents=True)
+    one = "model = dict(type='OneModule')\n"
+    (folder / '_base_' / 'model.py').write_text(one)
+    (folder / 'one.py').write_text(one)
+    (folder / 'same.py').write_text(one + 'max_epochs = 3\n')
+    (folder / 'apart.py').write_text(
+        one + "optim_wrapper = dict(modules=['backbone.0', 'backbone.1'], "
+        "anchor='backbone.0')\n"
+    )
+    (folder / 'broken.py').write_text(
+        f"custom_imports = dict(imports=['not_installed_anywhere'])\n{one}"
+    )
+    lines = list_modules('--all', 'mmdet', folder=folder)
+    assert [line.partition(':')[0] for line in lines[:-1]] == [
+        *('apart.py', 'broken.py', 'one.py', 'same.py')
+    ]
+    assert lines[0] == (
+        'apart.py: backbone.0 6, backbone.1 6; all follow backbone.0'
+    )
+    assert 'not_installed_anywhere' in lines[1]
+    assert "'backbone' is the only module" in lines[2]
+    assert lines[-1] == (
+        '4 configs: 1 can be trained with AGVM, 2 cannot, 1 have no model '
+        'that can be built here'
+    )
+    assert OneModule.built == 2
+
+
+@MODELS.register_module()
+class OneModule(BaseModel):
+    built = 0
+
+    def __init__(self):
+        super().__init__()
+        OneModule.built += 1
+        self.backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    def forward(self, inputs):
+        return self.backbone(inputs)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize('package', ['mmdet', 'mmseg'])
+def test_every_config_finds_its_modules_or_says_why_not(
+    list_modules, package, tmp_path
+):
+    """Minutes: all configs that the package was installed with."""
+    out = tmp_path / 'modules.jsonl'
+    list_modules('--all', package, '--out', out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) > 500
+    for row in rows:
+        if row['problem']:
+            assert not row['built'], row
+        else:
+            assert len(row['modules']) >= 2, row
+            last = row['anchor'].rpartition('.')[2]
+            assert last in ('backbone', 'image_encoder'), row

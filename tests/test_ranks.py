@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import math
 
 import pytest
@@ -732,3 +733,66 @@ def test_ranks_share_the_work_of_optimizers_and_lose_no_bit(results):
                 torch.testing.assert_close(
                     weight, alone[key], **exact or dict(rtol=1e-4, atol=1e-5)
                 )
+
+
+def unfreeze_rank(rank, world_size, estimator, wrap_anew):
+    """What is told, and measured, when a layer is unfrozen in mid-training.
+
+    DistributedDataParallel does not average what was frozen when it was
+    built; wrapped anew it does.
+    """
+    messages = []
+    logger = logging.getLogger('mmagvm')
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    model = make_model()
+    model.backbone[0].requires_grad_(False)
+    ddp = parallel(model)
+    wrapper = build_optim_wrapper(
+        model, wrapper_cfg(interval=1, ema_decay=0.5, estimator=estimator)
+    )
+    train(ddp, wrapper, 3, rank)
+    model.backbone[0].requires_grad_(True)
+    if wrap_anew:
+        ddp = parallel(model)
+    train(ddp, wrapper, 6, rank, start=3)
+    # the first rank to end takes the others' connections with it
+    torch.distributed.barrier()
+    hooks = sum(
+        len(getattr(param, '_post_accumulate_grad_hooks', None) or ())
+        for param in model.parameters()
+    )
+    return (
+        [m for m in messages if 'was frozen' in m],
+        wrapper.modulator.measured,
+        wrapper.modulator.lr_scale,
+        dict(wrapper.agvm.missed),
+        {n: p.detach() for n, p in model.named_parameters()},
+        hooks,
+    )
+
+
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+def test_layer_that_ranks_do_not_average_is_told(estimator):
+    for told, measured, _, missed, _, hooks in run_ranks(
+        2, unfreeze_rank, estimator, False
+    ):
+        (line,) = told
+        assert 'backbone.0.weight (and 1 more)' in line
+        assert 'wrap the model anew' in line
+        assert measured == 3  # those before
+        assert list(missed.values()) == [3]
+        assert hooks == 0
+
+
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+def test_model_wrapped_anew_is_measured_on_all_ranks(estimator):
+    first, second = run_ranks(2, unfreeze_rank, estimator, True)
+    assert first[0] == second[0] == []
+    assert first[1] == second[1] == 6
+    assert first[2] == second[2]
+    fresh = make_model().backbone[0].weight
+    assert not torch.equal(first[4]['backbone.0.weight'], fresh)
+    for name, weight in first[4].items():
+        assert torch.equal(second[4][name], weight)

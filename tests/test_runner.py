@@ -932,3 +932,83 @@ def test_mmseg_bases_are_found_without_mmsegmentation(monkeypatch):
     compat.find_mmseg_bases()
     base = 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py'
     assert 'model' in Config.fromfile(Config._get_cfg_path(base, '')[0])
+
+
+def resumed(tmp_path, **settings):
+    """The toy resumed after an epoch; ``settings`` of its first start."""
+    hooks = settings.pop('checkpoint', {})
+    cfg = toy_cfg(tmp_path / 'run', max_epochs=1, **settings)
+    cfg.default_hooks.checkpoint.update(hooks)
+    first = run(cfg)
+    cfg = toy_cfg(tmp_path / 'run')
+    cfg.resume = True
+    cfg.experiment_name += '_resumed'
+    return first, run(cfg)
+
+
+def test_checkpoint_without_optimizer_is_told(tmp_path):
+    _, runner = resumed(tmp_path, checkpoint=dict(save_optimizer=False))
+    log = log_of(runner)
+    assert f'training goes on at iteration {ITERATIONS}, but no' in log
+    assert 'every lr_scale starts at 1' in log
+    assert runner.optim_wrapper.agvm.update == ITERATIONS  # 2 epochs of 2
+
+
+@pytest.mark.parametrize('old', [False, True])
+def test_resuming_does_not_warn_of_agvms_keys(tmp_path, old, monkeypatch):
+    """Whether the checkpoint is of now, or names them as older ones do."""
+    if old:
+        monkeypatch.setattr(
+            'mmagvm.engine.hook.AGVMHook.before_save_checkpoint',
+            Hook.before_save_checkpoint,
+        )
+    first, runner = resumed(tmp_path)
+    checkpoint = load_checkpoint(tmp_path / 'run' / 'epoch_1.pth')
+    names = checkpoint['message_hub']['resumed_keys']
+    assert any(n.startswith('train/agvm') for n in names) == old
+    assert 'train/loss' in names
+    log = log_of(runner)
+    assert 'just skip resuming' not in log
+    assert 'no state of the optimizer' not in log
+
+
+@HOOKS.register_module()
+class Unfreeze(Hook):
+    """As in mmdet's documentation, at an epoch."""
+
+    def before_train_epoch(self, runner):
+        if runner.epoch == 1:
+            runner.model.backbone[0].requires_grad_(True)
+
+
+@MODELS.register_module()
+class FrozenStart(ToyModel):
+    def __init__(self):
+        super().__init__()
+        self.backbone[0].requires_grad_(False)
+        self.rpn_head.requires_grad_(False)
+
+
+def test_layer_that_a_hook_unfreezes_is_trained_as_in_mmengine(tmp_path):
+    weights = []
+    for name in ('ours', 'plain'):
+        cfg = toy_cfg(tmp_path / name, modulate=False)
+        cfg.model = dict(type='FrozenStart')
+        cfg.custom_hooks.append(dict(type='Unfreeze'))
+        if name == 'plain':
+            cfg.custom_hooks = [dict(type='Unfreeze')]
+            cfg.optim_wrapper = dict(
+                type='OptimWrapper',
+                optimizer=cfg.optim_wrapper.optimizer,
+                accumulative_counts=2,
+            )
+        runner = run(cfg)
+        weights.append(runner.model.state_dict())
+        if name == 'ours':
+            assert 'no module: 18 parameters that are frozen' in log_of(runner)
+    fresh = ToyModel().state_dict()
+    for name, weight in weights[1].items():
+        assert torch.equal(weights[0][name], weight), name
+    assert not torch.equal(
+        weights[0]['backbone.0.weight'], fresh['backbone.0.weight']
+    )

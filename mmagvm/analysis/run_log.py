@@ -14,6 +14,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 from mmengine.config import Config
 
+from mmagvm.core.modules import BACKBONE, find_anchor
 from mmagvm.errors import UsageError
 
 #: Steps, and one value for each.
@@ -160,10 +161,11 @@ def load_run(work_dir: Path) -> Run:
         if tag.startswith('agvm_variance/')
     ]
     if run.modules:
-        run.anchor = run.setting('anchor', 'backbone')
-        if run.anchor not in run.modules:
-            run.notes.append(f'its anchor {run.anchor} was not logged')
-            run.anchor = None
+        anchor = run.setting('anchor', BACKBONE)
+        try:
+            run.anchor = find_anchor(run.modules, anchor)
+        except ValueError:
+            run.notes.append(f'its anchor {anchor} was not logged')
     return run
 
 

@@ -104,7 +104,7 @@ class Thawed:
         ]
         if names and what not in self._told:
             self._told.add(what)
-            more = f' and {len(names) - 1} more' if names[1:] else ''
+            more = f' (and {len(names) - 1} more)' if names[1:] else ''
             logger.warning(
                 '%s%s was frozen when training started, is not any more, and '
                 '%s',

@@ -31,6 +31,19 @@ class BaseConstructor:
         paramwise_cfg: Dict[str, Any],
     ) -> None:
         self.name = kind if isinstance(kind, str) else kind.__name__
+        if isinstance(kind, str):
+            # in the scope of the run, as the registry's own build
+            scope = OPTIM_WRAPPER_CONSTRUCTORS.switch_scope_and_registry(None)
+            with scope as registry:
+                found = registry.get(kind)
+        else:
+            found = kind
+        if found is None:
+            raise ValueError(
+                f'base_constructor={self.name!r} in optim_wrapper is not '
+                'registered: write the constructor of the original config, '
+                'and its package in custom_imports, or leave it out'
+            )
         if self.name == 'AGVMOptimWrapperConstructor':
             raise ValueError(
                 f'base_constructor={self.name!r} in optim_wrapper cannot be '
@@ -41,7 +54,7 @@ class BaseConstructor:
         self._options = _Noted(copy.deepcopy(paramwise_cfg))
         self._constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
             dict(
-                type=kind,
+                type=found,
                 optim_wrapper_cfg=dict(
                     type='OptimWrapper',
                     optimizer={

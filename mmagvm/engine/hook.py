@@ -19,6 +19,7 @@ from mmagvm.engine.lr_schedule import (
     warmup_updates,
 )
 from mmagvm.engine.optim_wrapper import AGVMOptimWrapper
+from mmagvm.engine.resuming import forget_own_keys, started_without_state
 from mmagvm.recipes.cgbn import CGBN
 from mmagvm.recipes.lr_scaling import STUDY_RULES, find_rule
 from mmagvm.recipes.registry import register, taken
@@ -103,6 +104,7 @@ class AGVMHook(Hook):
         for warning in (
             too_few_due(agvm, to_come // wrapper.accumulative_counts),
             forgotten_accumulation(wrapper, runner),
+            started_without_state(wrapper, runner),
             *taken,
         ):
             if warning is not None:
@@ -130,6 +132,18 @@ class AGVMHook(Hook):
                 f'synchronise nothing: set norm_eval=False in {name}, or use '
                 'BN'
             )
+
+    def before_save_checkpoint(
+        self, runner: Runner, checkpoint: Dict[str, Any]
+    ) -> None:
+        """Leave the names of AGVM's log keys out, whose values are not in."""
+        forget_own_keys(checkpoint)
+
+    def after_load_checkpoint(
+        self, runner: Runner, checkpoint: Dict[str, Any]
+    ) -> None:
+        """The same for a checkpoint that has them."""
+        forget_own_keys(checkpoint)
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
@@ -341,6 +355,14 @@ def describe(wrapper: AGVMOptimWrapper) -> List[str]:
             f'{len(groups)} group(s), lr_scale '
             f'{wrapper.modulator.lr_scale[module]:.3f}'
         )
+    frozen = sum(
+        param.numel()
+        for group in wrapper.optimizer.param_groups
+        if group['module'] is None
+        for param in group['params']
+    )
+    if frozen:
+        lines.append(f'AGVM: no module: {frozen:,} parameters that are frozen')
     return lines
 
 

@@ -47,8 +47,9 @@ class AGVMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         optim_wrapper_cfg: Dict[str, Any],
         paramwise_cfg: Optional[Dict[str, Any]] = None,
     ) -> None:
-        base: Union[str, type] = optim_wrapper_cfg.get(
-            'base_constructor', 'DefaultOptimWrapperConstructor'
+        base: Union[str, type] = (
+            optim_wrapper_cfg.get('base_constructor')
+            or 'DefaultOptimWrapperConstructor'
         )
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
         self.optim_wrapper_cfg.pop('base_constructor', None)

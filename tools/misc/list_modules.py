@@ -67,7 +67,8 @@ def read_known(out: Path) -> Dict[str, ModelModules]:
     for line in out.read_text().splitlines():
         try:
             values = json.loads(line)
-            known[values.pop('config')] = ModelModules(**values)
+            name = values.pop('config')
+            known[name] = ModelModules(**values)
         except (KeyError, TypeError, ValueError):
             refuse(f'{out} was not written by this tool: name another')
     return known
