@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from toy import MODULES, make_batch, make_model, train, wrapper_cfg
 
-from mmagvm.core import AGVM, Settings, functional, find_modules, module_groups
+from mmagvm.core import AGVM, Settings, find_modules, functional, module_groups
+from mmagvm.core.grad_variance import pairs
 
 MEASURED = dict(interval=2, ema_decay=0.5)
 ALONE = """
@@ -488,3 +489,28 @@ def test_due_updates_are_those_that_are_due():
                 for update in range(first, last)
                 if settings.is_due(update)
             ]
+
+
+def test_what_hooks_compute_is_marked_as_read(tmp_path, monkeypatch):
+    """On CUDA a hook's memory is of another stream than the measuring one."""
+    marked = []
+    monkeypatch.setattr(
+        pairs, 'read_here', lambda tensors: marked.extend(tensors)
+    )
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1
+    )
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(
+            torch.nn.Linear(3, 2)
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        estimator = pairs.PairsRanks(optimizer, [0], model)
+        estimator.start()
+        estimator.before_last_backward()
+        model(torch.ones(1, 3)).sum().backward()
+        estimator.measure()
+    finally:
+        torch.distributed.destroy_process_group()
+    # the squared norms of the weight, and of the bias
+    assert sorted(map(float, marked)) == pytest.approx([2, 6])

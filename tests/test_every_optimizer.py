@@ -107,9 +107,7 @@ def buildable():
     ]
 
 
-def train(
-    name, agvm_too=True, factor=1.0, scales=None, lr=None, **settings
-):
+def train(name, agvm_too=True, factor=1.0, scales=None, lr=None, **settings):
     """Weights after some updates, and AGVM if it is there."""
     model = make_net()
     optimizer = build(name, model, lr)
@@ -221,7 +219,7 @@ def test_multipliers_have_their_effect_or_are_refused(name):
         return
     faster, _ = train(name, scales=dict(head=3.0), **keep)
     before, after = moved(usual), moved(faster)
-    if before[1] == 0:
+    if 0 in before + after:
         pytest.skip(f'{name} does not move in {UPDATES} updates')
     # as some normalize, or take a root of the rate
     assert after[1] / before[1] / (after[0] / before[0]) > 1.2, name

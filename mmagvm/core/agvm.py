@@ -431,9 +431,7 @@ class AGVM:
             for module in self._group_modules
         ]
         self._stepped, self._stepping = False, True
-        given = [
-            lr if mu is None else lr * mu for lr, mu in zip(saved, scale)
-        ]
+        given = [lr if mu is None else lr * mu for lr, mu in zip(saved, scale)]
         try:
             for group, lr in zip(groups, given):
                 group['lr'] = lr

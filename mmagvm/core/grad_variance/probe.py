@@ -22,7 +22,7 @@ from mmagvm.core.wrapped import optimizers_in
 
 #: A matrix and a kernel that are large enough to be factored, projected or
 #: rotated by who does such things, and a vector.
-SHAPES = ((160, 136), (6, 4, 2, 2), (33,))
+SHAPES = ((40, 34), (6, 4, 2, 2), (33,))
 STEPS = 4
 #: Of gradients, small enough for no optimizer to clip them.
 SIZE = 1e-3
@@ -141,9 +141,7 @@ def _options(optimizer: torch.optim.Optimizer) -> List[Dict[str, Any]]:
     return list(distinct.values())[:MOST]
 
 
-def _try(
-    optimizer: torch.optim.Optimizer, options: Dict[str, Any]
-) -> Traits:
+def _try(optimizer: torch.optim.Optimizer, options: Dict[str, Any]) -> Traits:
     equal = _Twin(optimizer, options, (1.0, 1.0))
     other = _Twin(optimizer, options, (1.0, 2.0))
     elementwise = True
