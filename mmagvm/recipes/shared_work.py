@@ -48,6 +48,8 @@ def share(
             [result.to(own.dtype) for result in flat],
             out=own[: sum(map(len, flat))],
         )
+    # of floats alone, which every backend sends; it leaves this stream waiting
+    # for the backend's, so that what it reads and fills may be used and freed
     everybodys = like.new_empty(ranks, longest)
     dist.all_gather(list(everybodys.unbind()), own)
 

@@ -46,6 +46,8 @@ class MicroBatchVariance(GradVariance):
 
     def keep_gradients(self) -> None:
         """Copy what has been accumulated so far."""
+        # between backward passes, which leave this stream waiting for those
+        # of their hooks: copies are made, read and freed on one stream
         self._kept.update(
             (param, grad.clone()) for param, grad in self.grads().items()
         )
