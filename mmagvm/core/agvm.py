@@ -396,7 +396,7 @@ class AGVM:
             )
 
     def _tell_lost(self, measurement: Measurement) -> None:
-        """Say once if gradients are too small for the type they are sent in."""
+        """Say once if gradients are too small for the type they travel in."""
         if measurement.lost is None or self._told_lost:
             return
         lost, module = measurement.lost.nan_to_num(0, 0).max(0)
