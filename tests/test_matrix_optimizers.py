@@ -260,6 +260,43 @@ def test_groups_can_differ_in_rate_and_decay(name):
         assert set(state[net.position]) == {'exp_avg', 'exp_avg_sq'}
 
 
+@pytest.mark.parametrize('name', NAMES)
+def test_parameters_can_be_added_later(name):
+    """As when a layer is unfrozen, in a loop of one's own."""
+    net = make_net()
+    optimizer = OPTIMIZERS.build(
+        dict(type=name, params=net[:5].parameters(), lr=0.01)
+    )
+    train(net, optimizer, updates=3)
+    optimizer.add_param_group(dict(params=list(net[5].parameters())))
+    train(net, optimizer, updates=6, start=3)
+    assert not torch.equal(net[5].weight, make_net()[5].weight)
+    assert not torch.equal(net[5].bias, make_net()[5].bias)
+    if name == 'Muon':
+        assert 'momentum_buffer' in optimizer.state[net[5].weight]
+        assert 'momentum_buffer' not in optimizer.state[net[5].bias]
+
+
+def test_options_that_are_lists_stay_whole():
+    conv = nn.Conv2d(2, 4, 1)
+    groups = split_matrices(
+        [dict(params=list(conv.parameters()), betas=[0.9, 0.95])]
+    )
+    assert [group['betas'] for group in groups] == [[0.9, 0.95]] * 2
+
+
+def test_gradients_that_are_not_finite_raise_nothing():
+    """Or the rank whose part it is leaves the others waiting."""
+    net = make_net()
+    optimizer = OPTIMIZERS.build(
+        dict(type='SOAP', params=net.parameters(), precondition_frequency=1)
+    )
+    for _ in range(3):
+        for param in net.parameters():
+            param.grad = torch.full_like(param, torch.nan)
+        optimizer.step()
+
+
 # -- ranks
 
 
@@ -284,20 +321,35 @@ def share_everything():
     return done, results, nothing
 
 
-def count_gathers(name):
-    """Collectives of a training."""
-    all_gather, calls = dist.all_gather, []
+def count_reductions(name):
+    """Collectives of a training that hand results around."""
+    all_reduce, calls = dist.all_reduce, []
 
     def counting(*args, **kwargs):
         calls.append(args)
-        return all_gather(*args, **kwargs)
+        return all_reduce(*args, **kwargs)
 
-    dist.all_gather = counting
+    dist.all_reduce = counting
     try:
         trained(name)
     finally:
-        dist.all_gather = all_gather
+        dist.all_reduce = all_reduce
     return len(calls)
+
+
+def train_apart(name, **options):
+    """Weights of which every rank trains its own; what an error says."""
+    net = make_net()
+    for param in net.parameters():
+        param.data += dist.get_rank()
+    optimizer = OPTIMIZERS.build(
+        dict(type=name, params=net.parameters(), lr=0.01, **options)
+    )
+    try:
+        train(net, optimizer, updates=3)
+    except ValueError as error:
+        return str(error)
+    return net[0].weight.tolist()
 
 
 def share_work():
@@ -309,4 +361,9 @@ def share_work():
             ('Muon', {}),
         )
     }
-    return share_everything(), nets, count_gathers('Muon')
+    apart = {
+        (name, shared): train_apart(name, share_work=shared)
+        for name in NAMES
+        for shared in (True, False)
+    }
+    return share_everything(), nets, count_reductions('Muon'), apart

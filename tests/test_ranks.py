@@ -709,14 +709,14 @@ def test_phi_is_in_the_optimizers_metric(results, scenario):
 def test_ranks_share_the_work_of_optimizers_and_lose_no_bit(results):
     shared = [ranks['shared'] for ranks in results]
     # each job once, by somebody
-    assert sorted(sum((done for (done, _, _), _, _ in shared), [])) == [
+    assert sorted(sum((done for (done, _, _), *_ in shared), [])) == [
         0,
         1,
         2,
     ]
-    for (_, found, nothing), _, gathers in shared:
+    for (_, found, nothing), _, reductions, _ in shared:
         assert nothing == []
-        assert gathers == SHARED_UPDATES  # one for all matrices
+        assert reductions == SHARED_UPDATES  # one for all matrices
         for job, (first, second) in enumerate(found):
             assert torch.equal(first, torch.full((job + 1, 2), float(job)))
             assert torch.equal(second, torch.full((3,), float(-job)))
@@ -725,7 +725,7 @@ def test_ranks_share_the_work_of_optimizers_and_lose_no_bit(results):
         ('Muon', {}),
     ):
         alone = trained(name, **options)[0].state_dict()
-        for _, nets, _ in shared:
+        for _, nets, _, _ in shared:
             for key, weight in nets[name].items():
                 assert torch.equal(weight, shared[0][1][name][key]), key
                 # Muon's round otherwise alone: one matrix, or several at once
@@ -796,3 +796,14 @@ def test_model_wrapped_anew_is_measured_on_all_ranks(estimator):
     assert not torch.equal(first[4]['backbone.0.weight'], fresh)
     for name, weight in first[4].items():
         assert torch.equal(second[4][name], weight)
+
+
+def test_ranks_with_weights_of_their_own_are_told(results):
+    shared = [ranks['shared'] for ranks in results]
+    for name in ('SOAP', 'Muon'):
+        for *_, apart in shared:
+            assert 'share_work=False' in apart[name, True]
+        first, *others = (apart[name, False] for *_, apart in shared)
+        for other in others:
+            assert isinstance(other, list)
+            assert other != first

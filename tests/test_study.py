@@ -521,8 +521,8 @@ def test_code_with_new_results_is_still_the_same(
         [*author, 'commit', '--quiet', '-m', 'All'],
     ):
         subprocess.run(['git', *command], cwd=tmp_path, check=True)
-    monkeypatch.setattr('train_run.ROOT', tmp_path)
-    monkeypatch.setattr('train_run.full_version', lambda: '0+g1-dirty')
+    monkeypatch.setattr('study.train_run.ROOT', tmp_path)
+    monkeypatch.setattr('study.train_run.full_version', lambda: '0+g1-dirty')
     (tmp_path / changed).write_text('more')
     assert code_version() == f'0+g1{dirty}'
 

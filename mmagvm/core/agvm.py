@@ -16,6 +16,7 @@ from mmagvm.core.grad_variance import (
     build_grad_variance,
     param_states,
     refuse_fixed_rates,
+    refuse_sharded_state,
     refuse_sparse_gradients,
 )
 from mmagvm.core.graphs import outside_of_graphs
@@ -119,6 +120,7 @@ class AGVM:
         self.settings = settings or Settings()
         self.accumulation = accumulation
         self._group_modules = _group_modules(optimizer)
+        refuse_sharded_state(optimizer)
         modules = list(
             dict.fromkeys(m for m in self._group_modules if m is not None)
         )

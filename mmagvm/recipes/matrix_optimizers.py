@@ -16,9 +16,14 @@ from pytorch_optimizer.optimizer.utils.matrix import (
 )
 from torch import Tensor
 
-from mmagvm.recipes.shared_work import Results, share
+from mmagvm.recipes.shared_work import Results, require_alike, share
 
 Group = Dict[str, Any]
+
+REMEDY = (
+    'train the same weights on all ranks, or set share_work=False in '
+    'optim_wrapper.optimizer'
+)
 
 
 class SOAP(pytorch_optimizer.SOAP):
@@ -54,10 +59,17 @@ class SOAP(pytorch_optimizer.SOAP):
         eps: Adam's. Defaults to 1e-8.
         foreach: True or None, which mean the same: what is done to each
             element is done for all weights at once.
+        share_work: Whether ranks share the renewals, each doing a part.
+            False if they train different weights. Defaults to True.
 
     Raises:
-        ValueError: ``foreach=False``.
+        ValueError: ``foreach=False``, sharded parameters, or in the first
+            update, ranks with different gradients that share the work.
     """
+
+    #: Shapes of the weights that ranks have been found to have alike.
+    _alike: Tuple[Any, ...] = ()
+    _share_work = True
 
     def __init__(
         self,
@@ -69,8 +81,10 @@ class SOAP(pytorch_optimizer.SOAP):
         max_precondition_dim: int = 10000,
         eps: float = 1e-8,
         foreach: Optional[bool] = None,
+        share_work: bool = True,
     ) -> None:
         _check_foreach('SOAP', foreach)
+        self._share_work = share_work
         super().__init__(
             params,
             lr=lr,
@@ -80,6 +94,11 @@ class SOAP(pytorch_optimizer.SOAP):
             max_precondition_dim=max_precondition_dim,
             eps=eps,
         )
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters."""
+        _refuse_shards(param_group)
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -197,12 +216,16 @@ class SOAP(pytorch_optimizer.SOAP):
         if not jobs:
             return
         sizes = [len(statistics) for statistics, _ in jobs]
+        if self._share_work and self._alike != tuple(sizes):
+            require_alike([statistics for statistics, _ in jobs], REMEDY)
+            self._alike = tuple(sizes)
         renewed = iter(
             share(
                 [float(size) ** 3 for size in sizes],
                 [[(size, size), (size,)] for size in sizes],
                 _at_least_float32(jobs[0][0]),  # which can hold an order
                 lambda chosen: [self._renewed(*jobs[job]) for job in chosen],
+                alone=not self._share_work,
             )
         )
         for state in due:
@@ -228,7 +251,9 @@ class SOAP(pytorch_optimizer.SOAP):
             basis: Q, (n, n), its vectors in columns; empty to begin with.
         """
         if not len(basis):
-            (first,) = self.get_orthogonal_matrix(statistics[None])
+            # of NaN there are no eigenvectors, and the other ranks wait
+            finite = statistics.nan_to_num(0, 0, 0)
+            (first,) = self.get_orthogonal_matrix(finite[None])
             return first, torch.arange(len(first), device=first.device)
         product = statistics @ basis
         order = (basis * product).sum(0).argsort(descending=True)
@@ -271,11 +296,18 @@ class Muon(pytorch_optimizer.Muon):
         betas: AdamW's. Defaults to (0.9, 0.95).
         eps: AdamW's. Defaults to 1e-8.
         foreach: True or None, which mean the same: weights step together.
+        share_work: Whether ranks share the orthogonalization, each doing a
+            part. False if they train different weights. Defaults to True.
 
     Raises:
-        ValueError: ``foreach=False``, or ``use_muon=True`` for a weight that
-            is no matrix.
+        ValueError: ``foreach=False``, ``use_muon=True`` for a weight that is
+            no matrix, sharded parameters, or in the first update, ranks with
+            different gradients that share the work.
     """
+
+    #: Shapes of the weights that ranks have been found to have alike.
+    _alike: Tuple[Any, ...] = ()
+    _share_work = True
 
     def __init__(
         self,
@@ -288,8 +320,10 @@ class Muon(pytorch_optimizer.Muon):
         betas: Tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         foreach: Optional[bool] = None,
+        share_work: bool = True,
     ) -> None:
         _check_foreach('Muon', foreach)
+        self._share_work = share_work
         super().__init__(
             split_matrices(params),
             lr=lr,
@@ -304,8 +338,24 @@ class Muon(pytorch_optimizer.Muon):
             adamw_eps=eps,
             foreach=foreach,
         )
-        # which the library leaves out, and MMEngine logs the rate from
-        self.defaults.update(lr=lr, weight_decay=weight_decay)
+        # which the library leaves out: MMEngine logs the rate from them, and
+        # groups that are added later take them
+        self.defaults.update(
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            weight_decouple=True,
+            nesterov=nesterov,
+            ns_steps=ns_steps,
+            betas=betas,
+            eps=eps,
+        )
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters, their matrices in a group of their own."""
+        _refuse_shards(param_group)
+        for group in split_matrices([param_group]):
+            super().add_param_group(group)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -335,10 +385,17 @@ class Muon(pytorch_optimizer.Muon):
                 for param in own
             ]
         if params:
+            shapes = tuple(param.shape for param in params)
+            if self._share_work and self._alike != shapes:
+                require_alike(momenta, REMEDY)
+                self._alike = shapes
             steps = [
                 step.view(param.shape).to(param.dtype, copy=True)
                 for param, step in zip(
-                    params, orthogonalize(momenta, iterations)
+                    params,
+                    orthogonalize(
+                        momenta, iterations, alone=not self._share_work
+                    ),
                 )
             ]
             torch._foreach_mul_(steps, [-rate for rate in rates])
@@ -374,8 +431,7 @@ def split_matrices(params: Any) -> List[Group]:
     """Parameter groups of matrices only, and of all else, by ``use_muon``.
 
     Args:
-        params: Parameters, or groups of them. Lists beside ``params`` that
-            are as long, such as ``param_names``, are split alike.
+        params: Parameters, or groups of them, maybe with ``param_names``.
 
     Raises:
         ValueError: See :class:`Muon`.
@@ -403,20 +459,21 @@ def split_matrices(params: Any) -> List[Group]:
             lists = {
                 key: [value[i] for i in indices]
                 for key, value in dict(group, params=own).items()
-                if isinstance(value, list) and len(value) == len(own)
+                if key in ('params', 'param_names')
             }
             groups.append({**group, **lists, 'use_muon': chosen})
     return groups
 
 
 def orthogonalize(
-    matrices: Sequence[Tensor], iterations: Sequence[int]
+    matrices: Sequence[Tensor], iterations: Sequence[int], alone: bool = False
 ) -> List[Tensor]:
     """The orthogonal factor of every matrix, by all ranks together.
 
     Args:
         matrices: Of two dimensions or more; all but the first are columns.
         iterations: Newton-Schulz iterations for each of them.
+        alone: Whether this rank does all by itself. Defaults to False.
 
     Returns:
         A matrix for each, of two dimensions, in float32, or bfloat16 on CUDA.
@@ -445,7 +502,8 @@ def orthogonalize(
 
     like = flat[0].new_empty(0, dtype=dtype)
     shapes = [[tuple(matrix.shape)] for matrix in flat]
-    results = share([cost(matrix) for matrix in flat], shapes, like, do)
+    costs = [cost(matrix) for matrix in flat]
+    results = share(costs, shapes, like, do, alone)
     return [factor for (factor,) in results]
 
 
@@ -454,6 +512,16 @@ def _check_foreach(name: str, foreach: Optional[bool]) -> None:
         raise ValueError(
             f'foreach=False of {name} is not to be had, as weights step '
             'together: leave it out'
+        )
+
+
+def _refuse_shards(group: Group) -> None:
+    params = group['params']
+    params = [params] if isinstance(params, Tensor) else params
+    if any(type(param).__name__ == 'DTensor' for param in params):
+        raise ValueError(
+            'SOAP and Muon step whole weights, and these are sharded: train '
+            "with MMDistributedDataParallel, or with optimizer type='AdamW'"
         )
 
 

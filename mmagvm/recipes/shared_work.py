@@ -16,50 +16,78 @@ def share(
     shapes: Sequence[Shapes],
     like: Tensor,
     do: Callable[[Sequence[int]], Sequence[Results]],
+    alone: bool = False,
 ) -> List[Results]:
     """The results of all jobs, the same bits on every rank.
 
     All ranks call this at once, with the same jobs. Each does a part of them,
-    such that the parts cost about the same, and one all-gather hands the
-    results around. A single process does them all.
+    such that the parts cost about the same. One all-reduce, in which nothing
+    but zeros is added to a result, hands them around. A single process does
+    all jobs.
 
     Args:
         costs: Of every job, in any unit.
         shapes: Of every job's results.
         like: A tensor of the results' device and type.
         do: Does jobs, given their indices, and returns their results.
+        alone: Whether this rank does all by itself. Defaults to False.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if alone or world_size() == 1 or not costs:
         return list(do(range(len(costs))))
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    if ranks == 1 or not costs:
-        return list(do(range(len(costs))))
-    parts = balance(costs, ranks)
     sizes = [
-        [torch.Size(shape).numel() for shape in of_job] for of_job in shapes
+        torch.Size(shape).numel() for of_job in shapes for shape in of_job
     ]
-    longest = max(
-        sum(sum(sizes[job]) for job in part) for part in parts
-    )  # all-gather wants the same length of everybody
-    own = like.new_zeros(longest)
-    flat = [result.flatten() for job in do(parts[rank]) for result in job]
-    if flat:
-        torch.cat(
-            [result.to(own.dtype) for result in flat],
-            out=own[: sum(map(len, flat))],
-        )
-    # of floats alone, which every backend sends; it leaves this stream waiting
-    # for the backend's, so that what it reads and fills may be used and freed
-    everybodys = like.new_empty(ranks, longest)
-    dist.all_gather(list(everybodys.unbind()), own)
-
-    results: List[Results] = [()] * len(costs)
-    for part, packed in zip(parts, everybodys):
-        order = [size for job in part for size in sizes[job]]
-        pieces = iter(packed[: sum(order)].split(order))
-        for job in part:
-            results[job] = [next(pieces).view(shape) for shape in shapes[job]]
+    flat = like.new_zeros(sum(sizes))
+    pieces = iter(flat.split(sizes))
+    results: List[Results] = [
+        [next(pieces).view(shape) for shape in of_job] for of_job in shapes
+    ]
+    part = balance(costs, dist.get_world_size())[dist.get_rank()]
+    for job, own in zip(part, do(part)):
+        for result, value in zip(results[job], own):
+            result.copy_(value)
+    # of floats alone, which every backend sends; this stream waits for it
+    dist.all_reduce(flat)
     return results
+
+
+def require_alike(tensors: Sequence[Tensor], remedy: str) -> None:
+    """Raise unless all ranks have the same tensors, by shapes and norms.
+
+    All ranks call this at once. It takes one small all-gather and a transfer
+    to the host.
+
+    Args:
+        tensors: What jobs are made of.
+        remedy: What to do else.
+
+    Raises:
+        ValueError: On every rank, if one differs.
+    """
+    if world_size() == 1 or not tensors:
+        return
+    shapes = hash(tuple(tuple(tensor.shape) for tensor in tensors)) % 2**52
+    norm = torch.stack(torch._foreach_norm(list(tensors))).double().norm()
+    own = torch.stack([norm.new_tensor(float(shapes)), norm])
+    gathered = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(gathered, own)
+    everybodys = torch.stack(gathered).cpu()
+    # unlike GPUs round a norm differently
+    same = torch.allclose(
+        everybodys[:, 1], everybodys[:1, 1], rtol=1e-5, atol=0, equal_nan=True
+    )
+    if not same or len(everybodys[:, 0].unique()) > 1:
+        raise ValueError(
+            'ranks have different gradients or parameters, and would mix up '
+            f'the matrix work that they share: {remedy}'
+        )
+
+
+def world_size() -> int:
+    """Ranks that there are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return int(dist.get_world_size())
 
 
 def balance(costs: Sequence[float], parts: int) -> List[List[int]]:

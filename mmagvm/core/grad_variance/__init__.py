@@ -5,6 +5,7 @@ from .build import (
     ESTIMATORS,
     build_grad_variance,
     refuse_sharded_model,
+    refuse_sharded_state,
     refuse_sparse_gradients,
 )
 from .preconditioner import refuse_fixed_rates
@@ -21,5 +22,6 @@ __all__ = [
     'param_states',
     'refuse_fixed_rates',
     'refuse_sharded_model',
+    'refuse_sharded_state',
     'refuse_sparse_gradients',
 ]

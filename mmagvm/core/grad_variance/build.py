@@ -61,7 +61,7 @@ def build_grad_variance(
     """
     refuse_sharded_model(model)
     model = uncompiled(model)
-    _refuse_sharded_state(optimizer)
+    refuse_sharded_state(optimizer)
     _refuse_sparse_gradients(model)
     over_ranks, over_micro_batches = ESTIMATORS[estimator]
     # MMSeparateDistributedDataParallel is one by name only
@@ -163,7 +163,8 @@ def refuse_sparse_gradients(optimizer: torch.optim.Optimizer) -> None:
                 )
 
 
-def _refuse_sharded_state(optimizer: torch.optim.Optimizer) -> None:
+def refuse_sharded_state(optimizer: torch.optim.Optimizer) -> None:
+    """Raise a ValueError if parameters or their state are sharded."""
     groups = optimizer.param_groups
     if any(
         'DTensor' in {cls.__name__ for cls in type(p).__mro__}
