@@ -1,4 +1,4 @@
-"""The version, read by setup.py too, and the commit."""
+"""The version, read by pyproject.toml too, and the commit."""
 
 import subprocess
 from pathlib import Path

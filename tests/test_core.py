@@ -514,3 +514,77 @@ def test_what_hooks_compute_is_marked_as_read(tmp_path, monkeypatch):
         torch.distributed.destroy_process_group()
     # the squared norms of the weight, and of the bias
     assert sorted(map(float, marked)) == pytest.approx([2, 6])
+
+
+def test_options_are_for_all_parameters_of_the_model(caplog):
+    model = make_model()
+    bias = model.neck.bias
+    (group,) = module_groups(model, ['neck'], [dict(params=bias, lr=1.0)])
+    assert group['params'] == [bias]
+    assert 'are in no parameter group' in caplog.text
+    with pytest.raises(ValueError, match='none of the model'):
+        module_groups(
+            model, groups=[dict(params=torch.nn.Linear(2, 2).weight)]
+        )
+
+
+def test_step_without_micro_batch_or_with_another_scaler_is_refused():
+    loop = Loop(accumulation=2, scale=2.0)
+    with pytest.raises(RuntimeError, match='without a micro-batch'):
+        loop.agvm.step(loop.scaler)
+    with loop.agvm.micro_batch(loop.scaler):
+        loss = loop.model(make_batch(0, 0, 0))
+        loop.scaler.scale(loss).backward()
+    with pytest.raises(RuntimeError, match='different scalers'):
+        loop.agvm.step()
+
+
+@pytest.mark.parametrize('estimator', ['split', 'pairs'])
+def test_update_that_fails_is_abandoned(estimator):
+    """As when memory runs out in the middle and the loop goes on."""
+    loop, plain = (
+        Loop(accumulation=2, estimator=estimator, interval=1) for _ in range(2)
+    )
+    for _ in range(2):
+        with (
+            pytest.raises(MemoryError),
+            loop.agvm.micro_batch(loop.scaler),
+        ):
+            loop.model(make_batch(7, 0, 0)).backward()
+            raise MemoryError
+        with loop.agvm.micro_batch(loop.scaler):
+            loop.model(make_batch(8, 0, 0)).backward()
+        with (
+            pytest.raises(MemoryError),
+            loop.agvm.micro_batch(loop.scaler),
+        ):
+            raise MemoryError
+        loop.optimizer.zero_grad()
+    loop.train(3)
+    plain.train(3)
+    assert_equal(loop.state(), plain.state())
+
+
+def test_parameters_that_are_added_later_are_refused():
+    loop = Loop()
+    loop.train(1)
+    extra = torch.nn.Parameter(torch.zeros(2))
+    loop.optimizer.add_param_group(dict(params=[extra], param_names=['extra']))
+    with pytest.raises(RuntimeError, match='add all parameters before'):
+        loop.train(1)
+
+
+def test_batch_that_is_told_before_loading_counts():
+    loop = Loop(estimator='pairs', interval=1)
+    loop.agvm.set_batch(
+        dict(ranks=1, images_per_rank=2, accumulative_counts=2)
+    )
+    loop.train(3)
+    before = loop.agvm.noise_scale
+    other = Loop(estimator='pairs', interval=1)
+    other.agvm.set_batch(
+        dict(ranks=1, images_per_rank=4, accumulative_counts=2)
+    )
+    other.agvm.load_state_dict(loop.agvm.state_dict())
+    assert other.agvm.batch['images_per_rank'] == 4
+    assert other.agvm.noise_scale == pytest.approx(before)

@@ -144,6 +144,7 @@ class AGVM:
         self._thawed: Optional[Thawed] = None
         self._grad_variance: Optional[GradVariance] = None
         self._micro_batches = 0  # of this update that are done
+        self._scaler: Optional[torch.amp.GradScaler] = None
         self._stepped = False
         self._stepping = False
         self._seen_gradients = False
@@ -425,6 +426,12 @@ class AGVM:
         Counts the update, unless a loss scaler skips it.
         """
         groups = self.optimizer.param_groups
+        if len(groups) != len(self._group_modules):
+            raise RuntimeError(
+                f'the optimizer has {len(groups)} parameter groups, and had '
+                f'{len(self._group_modules)} when AGVM was made: add all '
+                'parameters before, frozen ones too'
+            )
         saved = [group['lr'] for group in groups]
         scale = [
             self.modulator.lr_scale[module]
@@ -490,7 +497,9 @@ class AGVM:
     ) -> Iterator[None]:
         """Around the one forward and backward pass of a micro-batch.
 
-        Ranks exchange gradients in the last one of an update only.
+        Ranks exchange gradients in the last one of an update only. An error
+        within abandons the update: zero the gradients, and go on with its
+        first micro-batch.
 
         Args:
             scaler: The loss scaler, if there is one.
@@ -506,17 +515,33 @@ class AGVM:
             )
         last = self._micro_batches == self.accumulation - 1
         if self._micro_batches == 0:
-            self.begin_update(scale_of(scaler, self.optimizer))
+            self._scaler = scaler
+            due = self.settings.is_due(self.update)
+            self.begin_update(
+                scale_of(scaler, self.optimizer) if due else None
+            )
         self.before_forward()
         if last:
             self.before_last_forward()
         no_sync: Callable[[], Any] = nullcontext
         if not last:
             no_sync = getattr(self._model, 'no_sync', nullcontext)
-        with no_sync():
-            yield
+        try:
+            with no_sync():
+                yield
+        except BaseException:
+            self.abandon_update()
+            raise
         self._micro_batches += 1
         self.after_backward(self._micro_batches)
+
+    def abandon_update(self) -> None:
+        """Forget the micro-batches so far; their gradients are zeroed."""
+        self._micro_batches = self._forwards = self._backwards = 0
+        self._begun = False
+        self._why_not = NOT_BEGUN
+        if self._grad_variance is not None and self._grad_variance.measuring:
+            self._grad_variance.drop()
 
     @outside_of_graphs
     def step(
@@ -533,7 +558,21 @@ class AGVM:
 
         Returns:
             Whether the update is done, and gradients are to be zeroed.
+
+        Raises:
+            RuntimeError: There was no micro-batch, or one with another
+                scaler.
         """
+        if self._micro_batches == 0:
+            raise RuntimeError(
+                'AGVM: a step without a micro-batch: put forward and backward '
+                'into "with agvm.micro_batch():"'
+            )
+        if scaler is not self._scaler:
+            raise RuntimeError(
+                'AGVM: step and micro_batch have different scalers: write '
+                'agvm.micro_batch(scaler) and agvm.step(scaler)'
+            )
         if self._micro_batches < self.accumulation:
             return False
         self._micro_batches = 0
@@ -628,7 +667,10 @@ class AGVM:
         """Load what :meth:`state_dict` gave, of other modules too."""
         self.modulator.load_state_dict(state)
         self.update = state['update']
-        self.batch = dict(state['batch'])
+        self.abandon_update()
+        present, self.batch = self.batch, dict(state['batch'])
+        if present:
+            self.set_batch(present)
 
 
 def _restored(now: Any, given: Any, own: Any, mu: Optional[float]) -> Any:

@@ -1,8 +1,11 @@
 """Which parameters belong to which module."""
 
+import logging
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
-from torch import nn
+from torch import Tensor, nn
+
+logger = logging.getLogger('mmagvm')
 
 #: The module that all others follow by default, at any depth.
 BACKBONE = 'backbone'
@@ -27,8 +30,8 @@ def module_groups(
         modules: Dotted prefixes; the longest that fits a parameter counts,
             and where none fits the parameter's module is ``others``. Defaults
             to those of :func:`find_modules`.
-        groups: With options, such as ``lr`` or ``weight_decay``, for some
-            parameters. Defaults to one of all, without options. A parameter
+        groups: With options, such as ``lr`` or ``weight_decay``. Defaults to
+            one of all parameters, without options. A parameter
             that occurs again, being shared, keeps its first options.
 
     Returns:
@@ -39,11 +42,12 @@ def module_groups(
         trainable ones come last, with None for ``module``.
 
     Raises:
-        ValueError: A module has no trainable parameters.
+        ValueError: A module has no trainable parameters, or ``groups`` have
+            parameters that are not the model's.
     """
     if groups is None:
         groups = [dict(params=list(model.parameters()))]
-    groups = [{**group, 'params': list(group['params'])} for group in groups]
+    groups = _listed(groups, model)
     # a part that is frozen is none of the others
     parts = list(_parts(model)) if modules is None else list(modules)
     names = {param: name for name, param in model.named_parameters()}
@@ -81,6 +85,36 @@ def module_groups(
 
     order = [*parts, OTHERS, None]
     return sorted(merged.values(), key=lambda g: order.index(g['module']))
+
+
+def _listed(
+    groups: Sequence[Dict[str, Any]], model: nn.Module
+) -> List[Dict[str, Any]]:
+    """Groups with lists of parameters, all of them the model's."""
+    listed = []
+    rest = {param: name for name, param in model.named_parameters()}
+    known = set(rest)
+    for group in groups:
+        params = group['params']
+        params = [params] if isinstance(params, Tensor) else list(params)
+        for param in params:
+            if param not in known:
+                raise ValueError(
+                    'groups have a parameter of shape '
+                    f'{tuple(param.shape)} that is none of the model: put it '
+                    'into the model, or step it with an optimizer of its own'
+                )
+            rest.pop(param, None)
+        listed.append({**group, 'params': params})
+    left = [name for param, name in rest.items() if param.requires_grad]
+    if left:
+        logger.warning(
+            '%d trainable parameters, such as %s, are in no parameter group: '
+            'they are not trained',
+            len(left),
+            left[0],
+        )
+    return listed
 
 
 def find_modules(model: nn.Module) -> List[str]:

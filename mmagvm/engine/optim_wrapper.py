@@ -133,7 +133,8 @@ class AGVMOptimWrapper(OptimWrapper):
         self._tell_missing_hook()
         self.agvm.attach(model)
         if self._starts_complete_update():
-            self.agvm.begin_update(self._loss_scale())
+            due = self.settings.is_due(self.agvm.update)
+            self.agvm.begin_update(self._loss_scale() if due else None)
         self.agvm.before_forward()
         if self.should_sync():
             self.agvm.before_last_forward()
