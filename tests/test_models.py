@@ -117,14 +117,17 @@ def test_every_trainable_parameter_is_in_one_of_few_groups(
     )
     assert sorted(wrapper.modulator.modules) == sorted(MODEL_MODULES[name])
     groups = wrapper.optimizer.param_groups
-    trainable = {
-        name: p for name, p in model.named_parameters() if p.requires_grad
+    # frozen ones too, but with paramwise_cfg, as in MMEngine
+    expected = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.requires_grad or not paramwise_cfg
     }
     assert sorted(n for g in groups for n in g['param_names']) == sorted(
-        trainable
+        expected
     )
     assert {id(p) for g in groups for p in g['params']} == {
-        id(p) for p in trainable.values()
+        id(p) for p in expected.values()
     }
     distinct = {
         (

@@ -69,7 +69,8 @@ def enable_amp(cfg: Config) -> None:
 
 def enable_auto_scale_lr(cfg: Config) -> None:
     """Switch on the linear rule, if the config says from which batch."""
-    if not (cfg.get('auto_scale_lr') or {}).get('base_batch_size'):
+    auto = cfg.get('auto_scale_lr')
+    if not isinstance(auto, dict) or not auto.get('base_batch_size'):
         raise UsageError(
             '--auto-scale-lr: the config has no auto_scale_lr.base_batch_size,'
             ' the batch that its learning rate was made for: add '
