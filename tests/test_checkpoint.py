@@ -15,6 +15,7 @@ from mmengine.optim import (
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from toy import MODULES, make_model, train, wrapper_cfg
 
+from mmagvm.engine.host import allow_checkpoints
 from mmagvm.engine.optim_state import _fits
 
 # with both package sets
@@ -30,6 +31,12 @@ def trained(optimizer='SGD', updates=4, **settings):
     )
     train(model, wrapper, updates, accumulation=2)
     return model, wrapper
+
+
+@pytest.fixture(autouse=True)
+def allowed():
+    """The fork disallows after each load what it allows for it."""
+    allow_checkpoints()
 
 
 def through_a_file(state, tmp_path):
