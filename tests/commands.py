@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import signal
-import socket
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +11,8 @@ from typing import Any, Dict, Optional, Union
 import torch
 from mmengine.runner import CheckpointLoader
 from toy_runner import toy_cfg
+
+from mmagvm.launch.rendezvous import free_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,13 +35,6 @@ def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
     return checkpoint
 
 
-def free_port() -> str:
-    """A port that nothing listens on, just now."""
-    with socket.socket() as sock:
-        sock.bind(('', 0))
-        return str(sock.getsockname()[1])
-
-
 def start(*args: object, **env: object) -> 'subprocess.Popen[str]':
     """Start a command in the project's root, on the CPU."""
     paths = [str(ROOT), str(ROOT / 'tests')]
@@ -49,7 +43,7 @@ def start(*args: object, **env: object) -> 'subprocess.Popen[str]':
         cwd=ROOT,
         env={
             **os.environ,
-            'PORT': free_port(),
+            'PORT': str(free_port()),
             'CUDA_VISIBLE_DEVICES': '-1',
             'OMP_NUM_THREADS': '1',
             'PYTHONPATH': ':'.join(paths),

@@ -16,7 +16,7 @@ ROOMS = [
     ('mmagvm.recipes', 'mmagvm.datasets'),
     ('mmagvm.engine',),
     ('mmagvm.analysis',),
-    ('mmagvm.planning', 'mmagvm.launch'),
+    ('mmagvm.planning', 'mmagvm.launch', 'mmagvm.checks'),
     ('benchmarks',),
     ('study',),
 ]

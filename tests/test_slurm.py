@@ -5,7 +5,9 @@ import os
 import stat
 
 import pytest
-from commands import finish, free_port, start, write_config
+from commands import finish, start, write_config
+
+from mmagvm.launch.rendezvous import free_port
 
 #: Runs its command once per task, as on nodes, which all are this machine.
 SRUN = """#!/usr/bin/env python3
@@ -115,6 +117,22 @@ def test_test_starts_one_torchrun_per_node(tmp_path):
         )
 
 
+def test_check_starts_one_torchrun_per_node(tmp_path):
+    output = launch(
+        *(tmp_path, 'slurm_check.sh', 'part', 'job', '--timeout', '60'),
+        **dict(GPUS='4', GPUS_PER_NODE='2', PORT='1234'),
+    )
+    options, nodes = recorded(output)
+    assert '--nodes=2' in options
+    for rank, (_, command) in enumerate(nodes):
+        assert command == torchrun(
+            *(rank, 2, 'tools/check_setup.py', '--launcher', 'pytorch'),
+            *('--timeout', '60'),
+            restarts=('--rdzv_conf=timeout=600',),
+            port='1234',
+        )
+
+
 @pytest.mark.parametrize(
     'args, passed',
     [
@@ -145,10 +163,10 @@ def test_gpus_that_fill_no_nodes_are_refused(tmp_path, gpus):
     assert f'GPUS={gpus} cannot be shared out' in output
 
 
-@pytest.mark.parametrize('script', ['slurm_train.sh', 'slurm_test.sh'])
+@pytest.mark.parametrize('script', ['train', 'test', 'check'])
 def test_launcher_tells_its_usage(tmp_path, script):
-    output = launch(tmp_path, script, 'partition', code=2)
-    assert f'Usage: tools/{script} PARTITION JOB_NAME CONFIG' in output
+    output = launch(tmp_path, f'slurm_{script}.sh', 'partition', code=2)
+    assert f'Usage: tools/slurm_{script}.sh PARTITION JOB_NAME' in output
 
 
 def test_unknown_first_node_is_an_error(tmp_path):

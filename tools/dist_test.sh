@@ -9,25 +9,7 @@ if [ $# -lt 3 ]; then
     sed -n '2,5s/^# //p' "$0" >&2
     exit 2
 fi
-CONFIG=$1
-CHECKPOINT=$2
-GPUS=$3
-NNODES=${NNODES:-1}
-NODE_RANK=${NODE_RANK:-0}
-PORT=${PORT:-29500}
-MASTER_ADDR=${MASTER_ADDR:-"127.0.0.1"}
-TIMEOUT=${TIMEOUT:-600}
-# for messages, and for the ranks
-export NNODES NODE_RANK PORT MASTER_ADDR TIMEOUT
+# shellcheck source=tools/dist_common.sh
+source "$(dirname "$0")/dist_common.sh"
 
-exec python "$(dirname "$0")/dist_run.py" \
-    --nnodes="$NNODES" \
-    --node_rank="$NODE_RANK" \
-    --master_addr="$MASTER_ADDR" \
-    --master_port="$PORT" \
-    --nproc_per_node="$GPUS" \
-    --rdzv_conf="timeout=$TIMEOUT" \
-    "$(dirname "$0")/test.py" \
-    "$CONFIG" \
-    "$CHECKPOINT" \
-    --launcher pytorch "${@:4}"
+start_ranks "$3" -- test.py "$1" "$2" --launcher pytorch "${@:4}"

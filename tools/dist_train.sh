@@ -10,25 +10,8 @@ if [ $# -lt 2 ]; then
     sed -n '2,6s/^# //p' "$0" >&2
     exit 2
 fi
-CONFIG=$1
-GPUS=$2
-NNODES=${NNODES:-1}
-NODE_RANK=${NODE_RANK:-0}
-PORT=${PORT:-29500}
-MASTER_ADDR=${MASTER_ADDR:-"127.0.0.1"}
-MAX_RESTARTS=${MAX_RESTARTS:-0}
-TIMEOUT=${TIMEOUT:-600}
-# for messages, and for the ranks
-export NNODES NODE_RANK PORT MASTER_ADDR TIMEOUT
+# shellcheck source=tools/dist_common.sh
+source "$(dirname "$0")/dist_common.sh"
 
-exec python "$(dirname "$0")/dist_run.py" \
-    --nnodes="$NNODES" \
-    --node_rank="$NODE_RANK" \
-    --master_addr="$MASTER_ADDR" \
-    --master_port="$PORT" \
-    --nproc_per_node="$GPUS" \
-    --max_restarts="$MAX_RESTARTS" \
-    --rdzv_conf="timeout=$TIMEOUT" \
-    "$(dirname "$0")/train.py" \
-    "$CONFIG" \
-    --launcher pytorch "${@:3}"
+start_ranks "$2" --max_restarts="${MAX_RESTARTS:-0}" -- \
+    train.py "$1" --launcher pytorch "${@:3}"

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What slurm_train.sh and slurm_test.sh share; sourced by them.
+# What slurm_train.sh, slurm_test.sh and slurm_check.sh share; sourced by them.
 # Sets RANKS_PER_NODE, from GPUS and GPUS_PER_NODE.
 
 GPUS=${GPUS:-8}

@@ -1,6 +1,7 @@
 """How nodes and ranks meet: within a time, or with what to check."""
 
 import os
+import socket
 import sys
 import threading
 from contextlib import contextmanager
@@ -123,6 +124,14 @@ def launcher_store(seconds: float) -> Optional[dist.Store]:
         timeout=timedelta(seconds=seconds),
     )
     return dist.PrefixStore('mmagvm', store)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on, just now."""
+    with socket.socket() as sock:
+        sock.bind(('', 0))
+        port: int = sock.getsockname()[1]
+        return port
 
 
 def restarts() -> int:

@@ -157,11 +157,18 @@ def init_process_group(cfg: Config, store: Optional[dist.Store]) -> None:
     cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
 
 
-def build_runner(cfg: Config) -> mmengine.runner.Runner:
-    """The runner that the config describes."""
-    # gloo threads and data workers compete with torch's own on a CPU
+def use_omp_threads() -> None:
+    """Give torch as many threads as OMP_NUM_THREADS says, on a CPU.
+
+    gloo's threads and data workers compete with torch's own.
+    """
     if not torch.cuda.is_available() and 'OMP_NUM_THREADS' in os.environ:
         torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+
+
+def build_runner(cfg: Config) -> mmengine.runner.Runner:
+    """The runner that the config describes."""
+    use_omp_threads()
     if 'runner_type' in cfg:
         return mmengine.registry.RUNNERS.build(cfg)
     return mmengine.runner.Runner.from_cfg(cfg)

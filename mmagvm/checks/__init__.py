@@ -1,0 +1,1 @@
+"""Checks of a machine or cluster, which tools/check_setup.py runs."""

@@ -1,0 +1,81 @@
+"""What a check finds."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Dict, List, Sequence
+
+PASSED, FAILED, NOT_APPLICABLE = 'passed', 'failed', 'not applicable'
+
+
+class NotApplicableError(Exception):
+    """This machine lacks what the check is about; says what."""
+
+
+class CheckFailedError(Exception):
+    """Something is wrong here; says what, and what to do.
+
+    Raised after the last collective of a check, in which others may wait.
+    """
+
+
+def fail_if(faults: Sequence[str]) -> None:
+    """Raise the first fault, if there is one."""
+    for fault in faults:
+        raise CheckFailedError(fault)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table.
+
+    Args:
+        name: Of the check.
+        status: 'passed', 'failed' or 'not applicable'.
+        sentence: What was found, what to do, or why it does not apply.
+        numbers: What was measured, with the unit in the name.
+        seconds: That the check took.
+        traceback: Of an error that no check raises by itself.
+    """
+
+    name: str
+    status: str
+    sentence: str
+    numbers: Dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    traceback: str = ''
+
+    def as_dict(self) -> Dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def line(self, name_width: int) -> str:
+        """For the table."""
+        return (
+            f'{self.status:14}  {self.name:{name_width}}  {self.sentence}'
+        ).rstrip()
+
+
+def of_all_ranks(results: Sequence[Result]) -> Result:
+    """The result of a check from those of every rank, in their order.
+
+    Failed on one rank is failed. Numbers are the largest of any rank.
+    """
+    failed = [
+        rank for rank, result in enumerate(results) if result.status == FAILED
+    ]
+    told = results[failed[0] if failed else 0]
+    sentence = told.sentence
+    if failed and len(results) > 1:
+        sentence = f'{_named(failed)}: {sentence}'
+    numbers: Dict[str, float] = {}
+    for result in results:
+        for key, value in result.numbers.items():
+            numbers[key] = max(value, numbers.get(key, value))
+    seconds = max(result.seconds for result in results)
+    return Result(
+        told.name, told.status, sentence, numbers, seconds, told.traceback
+    )
+
+
+def _named(ranks: List[int]) -> str:
+    named = ', '.join(map(str, ranks[:8])) + (', ...' if ranks[8:] else '')
+    return f'rank {named}' if len(ranks) == 1 else f'ranks {named}'
