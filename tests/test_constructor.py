@@ -1,6 +1,7 @@
 """Parameters to groups: every trainable one once, few groups, all options."""
 
 import pytest
+import torch
 from mmengine.optim import DefaultOptimWrapperConstructor, build_optim_wrapper
 from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS,
@@ -9,7 +10,7 @@ from mmengine.registry import (
     DefaultScope,
 )
 from torch import nn
-from toy import MODULES, make_model, wrapper_cfg
+from toy import MODULES, make_model, train, wrapper_cfg
 
 from mmagvm.core.modules import find_anchor, find_modules
 
@@ -385,6 +386,35 @@ def test_options_that_mean_nothing_are_refused(base, key, kept):
         'base_constructor',
     ):
         composed(base, {key: value, **kept})
+
+
+def test_optimizer_of_other_arguments_is_refused():
+    class OfModel(torch.optim.SGD):
+        def __init__(self, model, lr):
+            super().__init__(model.parameters(), lr)
+
+    cfg = wrapper_cfg()
+    cfg['optimizer'] = dict(type=OfModel, lr=0.1)
+    with pytest.raises(ValueError, match="'OfModel' in .* and no params"):
+        build_optim_wrapper(make_model(), cfg)
+
+
+def test_rate_of_groups_alone_is_scaled_and_logged():
+    """Of an optimizer whose defaults have none."""
+
+    class GroupRates(torch.optim.SGD):
+        def __init__(self, params, lr):
+            super().__init__(params, lr)
+            del self.defaults['lr']
+
+    cfg = wrapper_cfg(accumulative_counts=2)
+    cfg['optimizer'] = dict(type=GroupRates, lr=0.1)
+    model = make_model()
+    wrapper = build_optim_wrapper(model, cfg)
+    wrapper.initialize_count_status(model, 0, 4)
+    train(model, wrapper, 2, accumulation=2)
+    assert wrapper.agvm.modulator.measured == 1
+    assert wrapper.get_lr() == dict(lr=[0.1] * len(MODULES))
 
 
 def test_base_constructor_cannot_be_agvms():

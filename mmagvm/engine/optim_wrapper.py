@@ -58,6 +58,9 @@ class AGVMOptimWrapper(OptimWrapper):
         self.agvm = AGVM(
             optimizer, settings=settings, accumulation=accumulative_counts
         )
+        if 'lr' not in optimizer.defaults:
+            # MMEngine would log the rate of this, which has none
+            self.base_param_settings = None
         # before any schedule
         self._built_lr = [float(g['lr']) for g in optimizer.param_groups]
         #: All parameters by name, in the order of the model; set by the

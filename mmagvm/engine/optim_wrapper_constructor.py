@@ -1,5 +1,6 @@
 """Sorts a model's parameters into groups, one for each (module, options)."""
 
+import inspect
 from typing import Any, Dict, Optional, Sequence, Union
 
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -90,9 +91,27 @@ class AGVMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         model = unwrapped(model)
         options, optimizer_cfg = self._base.options_of_params(model)
         groups = module_groups(model, self.modules, options)
+        refuse_other_arguments(optimizer_cfg['type'])
         optimizer = OPTIMIZERS.build(dict(optimizer_cfg, params=groups))
         wrapper = OPTIM_WRAPPERS.build(
             self.optim_wrapper_cfg, default_args=dict(optimizer=optimizer)
         )
         wrapper.parameters = dict(model.named_parameters())
         return wrapper
+
+
+def refuse_other_arguments(kind: Union[str, type]) -> None:
+    """Raise a ValueError if an optimizer does not take parameters."""
+    optimizer = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
+    if not inspect.isclass(optimizer):
+        return  # unknown, which building tells, or a function
+    arguments = inspect.signature(optimizer).parameters
+    if 'params' not in arguments and not any(
+        argument.kind is argument.VAR_KEYWORD
+        for argument in arguments.values()
+    ):
+        raise ValueError(
+            f'optimizer.type={optimizer.__name__!r} in optim_wrapper takes '
+            f'{[*arguments]} and no params, so that it cannot have a group of '
+            "parameters for each module: write another one, such as 'AdamW'"
+        )
