@@ -16,6 +16,7 @@ if find_spec('mmengine') is not None:
         AGVMHook,
         AGVMOptimWrapper,
         AGVMOptimWrapperConstructor,
+        FullyShardStrategy,
     )
     from mmagvm.recipes import (
         CGBN,
@@ -48,6 +49,7 @@ __all__ = [
     'CGBN',
     'ClipGradWindowHook',
     'ExponentialWarmupLR',
+    'FullyShardStrategy',
     'LRRule',
     'LoadPanopticSegments',
     'RECIPES',

@@ -106,7 +106,7 @@ class AGVM:
         update (int): Updates done, which is the index of the coming one.
         batch (dict): ``ranks``, ``images_per_rank`` and
             ``accumulative_counts`` of the run, once :meth:`set_batch` has
-            told them.
+            told them; then also ``samples`` that are compared.
     """
 
     def __init__(
@@ -647,6 +647,8 @@ class AGVM:
             batch: ``ranks``, ``images_per_rank`` in a micro-batch, None if
                 nobody knows, and ``accumulative_counts``, its micro-batches.
         """
+        if self._grad_variance is not None:
+            batch = dict(batch, samples=self._grad_variance.samples)
         old = images_per_sample(self.batch) if self.batch else None
         new = images_per_sample(batch)
         if old is not None and new is not None:
@@ -697,10 +699,16 @@ def images_per_sample(batch: Dict[str, Optional[int]]) -> Optional[int]:
     Returns:
         None if ``images_per_rank`` is.
     """
-    images, ranks = batch['images_per_rank'], batch['ranks']
-    if images is None or ranks == 1:
-        return images
-    return images * (batch['accumulative_counts'] or 1)
+    images = batch['images_per_rank']
+    ranks, micro_batches = (
+        batch['ranks'] or 1,
+        batch['accumulative_counts'] or 1,
+    )
+    # what checkpoints of an older version do not tell
+    samples = batch.get('samples') or (micro_batches if ranks == 1 else ranks)
+    if images is None:
+        return None
+    return images * ranks * micro_batches // samples
 
 
 def scale_of(

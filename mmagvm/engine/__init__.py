@@ -4,6 +4,7 @@ Importing this repairs what must be before a config is read: see ``host``.
 """
 
 from mmagvm.engine.amp_optim_wrapper import AGVMAmpOptimWrapper
+from mmagvm.engine.fully_shard_strategy import FullyShardStrategy
 from mmagvm.engine.hook import AGVMHook
 from mmagvm.engine.host import check_versions, repair_at_import
 from mmagvm.engine.log import forward_messages
@@ -19,4 +20,5 @@ __all__ = [
     'AGVMHook',
     'AGVMOptimWrapper',
     'AGVMOptimWrapperConstructor',
+    'FullyShardStrategy',
 ]

@@ -169,9 +169,10 @@ class AGVMHook(Hook):
             images_per_rank=images[0] if len(images) == 1 else None,
             accumulative_counts=wrapper.accumulative_counts,
         )
-        if agvm.batch and agvm.batch != batch:
+        before = {key: agvm.batch[key] for key in batch if agvm.batch}
+        if before and before != batch:
             runner.logger.warning(
-                f'AGVM: the checkpoint was trained with {agvm.batch}, this '
+                f'AGVM: the checkpoint was trained with {before}, this '
                 f'run has {batch}; lr_scale goes on from where it was'
             )
         agvm.set_batch(batch)

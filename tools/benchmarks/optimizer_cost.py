@@ -124,6 +124,13 @@ def time_steps(
 def time_passes(model: BaseModel, shape: List[int], repetitions: int) -> float:
     """Seconds of forward and backward of one image with three objects."""
     seconds = []
+    # what pads to a fixed size takes no larger images
+    largest = [
+        augment.size
+        for augment in model.data_preprocessor.batch_augments or ()
+        if hasattr(augment, 'size')
+    ]
+    shape = [min(sides) for sides in zip(shape, *largest)]
     for _ in range(1 + repetitions):
         data = demo_mm_inputs(
             1,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmagvm.core.functional import squared_norms
 
+from .parts import local_part
 from .preconditioner import Preconditioner, find_preconditioner
 
 #: Bytes of gradients that are sent or computed on at once: what is computed
@@ -60,6 +61,8 @@ class GradVariance(ABC):
 
     #: Ranks whose gradients are averaged.
     world_size: int = 1
+    #: How many gradients are compared, each of as many images.
+    samples: int
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, modules: Sequence[int]
@@ -136,7 +139,7 @@ class GradVariance(ABC):
     def grads(self) -> Dict[Tensor, Tensor]:
         """The gradient of every parameter that has one."""
         return {
-            p: p.grad
+            p: local_part(p.grad)
             for group in self.optimizer.param_groups
             for p in group['params']
             if p.grad is not None
@@ -231,4 +234,4 @@ def slices_with_grad(
 ) -> Iterator[Tuple[List[Tensor], List[Tensor]]]:
     """A group's parameters that have a gradient, and those, in slices."""
     for params in slices([p for p in group['params'] if p.grad is not None]):
-        yield params, [p.grad for p in params if p.grad is not None]
+        yield params, [local_part(p.grad) for p in params]

@@ -16,15 +16,21 @@ from mmagvm.core.wrapped import (
 
 from .base import GradVariance
 from .pairs import PairsMicroBatches, PairsRanks
+from .parts import is_sharded
+from .shards import PairsShards, SplitShards
 from .split import SplitMicroBatches, SplitRanks
 
-Builders = Tuple[Callable[..., GradVariance], Callable[..., GradVariance]]
-
-#: By name: over ranks, and over one rank's micro-batches.
-ESTIMATORS: Dict[str, Builders] = {
-    'split': (SplitRanks, SplitMicroBatches),
-    'pairs': (PairsRanks, PairsMicroBatches),
+#: By name: over ranks, over one rank's micro-batches, and over shards.
+ESTIMATORS: Dict[str, Tuple[Callable[..., GradVariance], ...]] = {
+    'split': (SplitRanks, SplitMicroBatches, SplitShards),
+    'pairs': (PairsRanks, PairsMicroBatches, PairsShards),
 }
+#: What to do where parameters are kept in shards in another way.
+FULLY_SHARD = (
+    "to train in shards, set runner_type='FlexibleRunner' and "
+    "strategy=dict(type='FullyShardStrategy'), without MMEngine call torch's "
+    'fully_shard; else train with MMDistributedDataParallel'
+)
 #: Names of model wrappers that keep gradients in shards of their own.
 SHARDED = (
     'DeepSpeedEngine',
@@ -63,7 +69,16 @@ def build_grad_variance(
     model = uncompiled(model)
     refuse_sharded_state(optimizer)
     _refuse_sparse_gradients(model)
-    over_ranks, over_micro_batches = ESTIMATORS[estimator]
+    over_ranks, over_micro_batches, over_shards = ESTIMATORS[estimator]
+    if any(is_sharded(p) for g in optimizer.param_groups for p in g['params']):
+        if comm_hook is not None:
+            raise ValueError(
+                f'comm_hook={comm_hook!r} in optim_wrapper is of DistributedDa'
+                'taParallel, and parameters are sharded: leave it out, and set'
+                ' the type in which gradients travel by mixed_precision.reduce'
+                '_dtype of FullyShardStrategy'
+            )
+        return over_shards(optimizer, modules, model, accumulative_counts)
     # MMSeparateDistributedDataParallel is one by name only
     if isinstance(model, DistributedDataParallel) and hasattr(
         model, 'process_group'
@@ -102,8 +117,7 @@ def refuse_sharded_model(model: nn.Module) -> None:
             ):
                 raise ValueError(
                     f'AGVM does not support {name}, which keeps gradients and '
-                    'optimizer in shards of its own: train with '
-                    'MMDistributedDataParallel'
+                    f'optimizer in shards of its own: {FULLY_SHARD}'
                 )
 
 
@@ -164,17 +178,7 @@ def refuse_sparse_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def refuse_sharded_state(optimizer: torch.optim.Optimizer) -> None:
-    """Raise a ValueError if parameters or their state are sharded."""
-    groups = optimizer.param_groups
-    if any(
-        'DTensor' in {cls.__name__ for cls in type(p).__mro__}
-        for g in groups
-        for p in g['params']
-    ):
-        raise ValueError(
-            'AGVM does not support sharded parameters (fully_shard): train '
-            'with MMDistributedDataParallel'
-        )
+    """Raise a ValueError if the state is sharded, but not as parameters."""
     optimizers = {
         cls.__name__
         for inner in optimizers_in(optimizer)
@@ -185,5 +189,6 @@ def refuse_sharded_state(optimizer: torch.optim.Optimizer) -> None:
             'AGVM does not support ZeroRedundancyOptimizer: the state is '
             'spread over the ranks, and MMEngine hangs when it saves it, as '
             'it gathers it on one rank only: set optimizer.type in '
-            "optim_wrapper to the optimizer itself, such as 'AdamW'"
+            "optim_wrapper to the optimizer itself, such as 'AdamW', and "
+            f'{FULLY_SHARD}'
         )

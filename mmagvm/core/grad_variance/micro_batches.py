@@ -25,7 +25,7 @@ class MicroBatchVariance(GradVariance):
         micro_batches: int,
     ) -> None:
         super().__init__(optimizer, modules)
-        self.micro_batches = micro_batches
+        self.micro_batches = self.samples = micro_batches
         self._kept: Dict[Tensor, Tensor] = {}
 
     def start(self, loss_scale: Optional[Tensor] = None) -> None:

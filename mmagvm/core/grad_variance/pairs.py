@@ -28,9 +28,6 @@ class Pairs(GradVariance):
     measured.
     """
 
-    #: W, how many samples are compared.
-    samples: int
-
     @property
     def can_measure(self) -> bool:
         return self.preconditioner.past_known
@@ -77,7 +74,6 @@ class PairsRanks(Pairs, RankVariance):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.samples = self.world_size
         self._squares: Dict[Tensor, Tensor] = {}
 
     def before_last_backward(self) -> None:
@@ -119,7 +115,6 @@ class PairsMicroBatches(Pairs, MicroBatchVariance):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.samples = self.micro_batches
         self._local: List[Tensor] = []
 
     def start(self, loss_scale: Optional[Tensor] = None) -> None:

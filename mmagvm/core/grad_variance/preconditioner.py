@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmagvm.core.functional import adam_divisor
 
+from .parts import local_part
 from .probe import is_adams, param_states, traits_of
 
 State = Dict[Tensor, Dict[str, Any]]
@@ -144,9 +145,8 @@ class Elementwise(Preconditioner):
         # get: optimizer.state makes entries on demand
         values = self.optimizer.state.get(param)
         if not values or 'exp_avg_sq' not in values:
-            return torch.zeros_like(param)
-        second_moment: Tensor = values['exp_avg_sq']
-        return second_moment
+            return torch.zeros_like(local_part(param))
+        return local_part(values['exp_avg_sq'])
 
 
 class Rotated(Elementwise):

@@ -64,7 +64,7 @@ class RankVariance(GradVariance):
     ) -> None:
         super().__init__(optimizer, modules)
         self.group = model.process_group
-        self.world_size = dist.get_world_size(self.group)
+        self.world_size = self.samples = dist.get_world_size(self.group)
         self._handles: List[Any] = []
         hook = COMM_HOOKS[comm_hook]
         if hook is not None:
