@@ -70,7 +70,7 @@ def train(
     kind: str = 'SGD',
     estimator: str = 'pairs',
     accumulation: int = 1,
-    updates: int = 4,
+    stream: Tuple[int, ...] = (0, 1, 2, 3),
     max_norm: Optional[float] = None,
     loss_scale: Optional[float] = None,
     frozen: Tuple[str, ...] = (),
@@ -81,6 +81,7 @@ def train(
     sharded_ranks: Optional[int] = None,
     poison: Optional[Tuple[int, int]] = None,
     idle_head: bool = False,
+    neck_twice: bool = False,
     **wrap: Any,
 ) -> Dict[str, Any]:
     """What a few updates of the toy give.
@@ -88,12 +89,21 @@ def train(
     Args:
         rank: Of this process.
         sharded: Whether parameters are.
+        stream: Which batch each update takes.
         sharded_ranks: Take the batches that rank and micro-batch would get on
             so many ranks.
         poison: The rank that gets NaN in an update.
         wrap: Of :func:`wrapped`; others are what they are called.
     """
     model = make_model(idle_head=idle_head).to(dtype)
+    if neck_twice:
+        once = model.forward
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            more: torch.Tensor = model.neck(model.backbone(x)).mean()
+            return once(x) + more
+
+        model.forward = forward  # type: ignore[method-assign]
     for name in frozen:
         model.get_submodule(name).requires_grad_(False)
     if bf16:
@@ -116,7 +126,7 @@ def train(
             ),
             accumulation,
         )
-    for update in range(updates):
+    for update in stream:
         for micro_batch in range(accumulation):
             place = (rank, micro_batch)
             if sharded_ranks is not None:

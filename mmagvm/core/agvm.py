@@ -301,7 +301,10 @@ class AGVM:
         if wrong:
             self._why_not = OTHER_BACKWARDS
         grad_variance = self._grad_variance
-        if grad_variance is None or not grad_variance.measuring:
+        if grad_variance is None:
+            return
+        if not grad_variance.measuring:
+            self._why_not = self._why_not or grad_variance.spoiled
             return
         if self._unseen():
             grad_variance.drop()

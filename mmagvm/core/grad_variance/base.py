@@ -70,6 +70,8 @@ class GradVariance(ABC):
         self.optimizer = optimizer
         self.modules = list(modules)
         self.measuring = False
+        #: Why the measurement of this update was given up; empty if not.
+        self.spoiled = ''
         #: Of the update that is measured.
         self.preconditioner: Preconditioner = find_preconditioner(optimizer)
         self._inverse_scale: Optional[Tensor] = None
@@ -88,6 +90,7 @@ class GradVariance(ABC):
         """
         self.preconditioner = find_preconditioner(self.optimizer)
         self.measuring = self.can_measure
+        self.spoiled = ''
         self._inverse_scale = (
             None if loss_scale is None else loss_scale.reciprocal()
         )

@@ -106,7 +106,6 @@ class ShardVariance(GradVariance):
         self._handles: List[Any] = []
         self._rows: Optional[Tensor] = None
         self._taken = 0
-        self._passes: Dict[Tensor, int] = {}
         self._told = False
         reduction: Any = Reduction(self)
         for module in model.modules():
@@ -138,7 +137,6 @@ class ShardVariance(GradVariance):
             handle.remove()
         self._handles.clear()
         self._rows, self._taken = None, 0
-        self._passes = {}
 
     def see_rows(
         self, rows: Tensor, group: dist.ProcessGroup, op: Any
@@ -178,7 +176,6 @@ class ShardVariance(GradVariance):
         size *= param[0].numel() if param.ndim > 1 else 1
         part = rows[:, self._taken : self._taken + size]
         self._taken += size
-        self._passes[param] = self._passes.get(param, 0) + 1
         read_here([rows])  # hooks have a stream of their own
         if param in self._group_of:
             self.take(param, part, self._group_of[param])
@@ -198,17 +195,12 @@ class ShardVariance(GradVariance):
             return
         if self._rows is not None and self._taken != self._rows.shape[1]:
             self._spoil('torch lays out gradients of shards in another way')
-        elif any(count > 1 for count in self._passes.values()):
-            self._spoil(
-                'a unit runs several times in a forward pass, so that each '
-                'run is averaged by itself: leave it out of the units'
-            )
         self._rows, self._taken = None, 0
-        self._passes = {}
 
     def _spoil(self, why: str) -> None:
         """Give up this measurement, and say why once."""
         self.drop()
+        self.spoiled = why
         if not self._told:
             self._told = True
             logger.warning('nothing is measured, because %s', why)
