@@ -6,7 +6,7 @@ from oracle import Oracle
 from ranks import run_ranks
 from sharded import train, wrapped
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from toy import MODULES, make_batch, make_model
 
@@ -137,17 +137,14 @@ def refusals():
 
 
 def divided(rank):
-    """Where gradients are divided by a factor of the user's own."""
-    model = make_model().float()
+    """Where torch divides gradients before they are reduced, as in float16."""
+    model = make_model().double()
     outer = wrapped(model, True)
-    for module in outer.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(3.0)
     optimizer = torch.optim.SGD(module_groups(model), lr=0.1)
     agvm = AGVM(optimizer, outer, Settings(interval=1))
     for update in range(2):
         with agvm.micro_batch():
-            outer(make_batch(update, rank, 0).float()).backward()
+            outer(make_batch(update, rank, 0)).backward()
         agvm.step()
         optimizer.zero_grad()
     return agvm.modulator.measured, agvm.why_missed()
@@ -258,7 +255,7 @@ def test_refusals_say_what_to_do(found):
 
 
 def test_gradients_that_are_divided_otherwise_are_not_measured(found):
-    """As float16 ones are, and with a factor of the user's own."""
     measured, why = found[2][0]['divided']
     assert measured == 0
-    assert 'set_gradient_divide_factor (2 times)' in why
+    assert 'travel as torch.float64' in why
+    assert '(2 times)' in why
