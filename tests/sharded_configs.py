@@ -7,7 +7,11 @@ from toy_runner import toy_cfg
 
 
 def sharded_cfg(
-    work_dir: Any, sharded: bool = True, strategy: Any = None, **settings: Any
+    work_dir: Any,
+    sharded: bool = True,
+    strategy: Any = None,
+    units: Any = (r'backbone\.\d', 'neck'),
+    **settings: Any,
 ) -> Config:
     """The toy's config, for shards or data-parallel training."""
     cfg = toy_cfg(work_dir, **settings)
@@ -17,7 +21,7 @@ def sharded_cfg(
     cfg.env_cfg = dict(dist_cfg=dict(backend='gloo'))
     cfg.strategy = dict(
         type='FullyShardStrategy',
-        units=[r'backbone\.\d', 'neck'],
+        units=units,
         **(strategy or {}),
     )
     if not sharded:

@@ -54,14 +54,11 @@ def find_units(
 
 
 def repeated_blocks(modules: Dict[str, nn.Module]) -> List[str]:
-    """The outermost repeated blocks among named modules."""
+    """The innermost repeated blocks among named modules."""
     found: List[str] = []
     for name, module in modules.items():
-        parts = name.split('.')
-        if (
-            not any(part in DEEP for part in parts)
-            or not isinstance(module, (nn.Sequential, nn.ModuleList))
-            or any(name.startswith(f'{unit}.') for unit in found)
+        if not any(part in DEEP for part in name.split('.')) or not isinstance(
+            module, (nn.Sequential, nn.ModuleList)
         ):
             continue
         blocks = [
@@ -69,10 +66,13 @@ def repeated_blocks(modules: Dict[str, nn.Module]) -> List[str]:
             for key, child in module.named_children()
             if f'{name}.{key}' in modules and _is_block(child)
         ]
-        kinds = {type(modules[block]) for block in blocks}
-        if len(blocks) > 1 and len(kinds) == 1:
+        if len(blocks) > 1 and len({type(modules[b]) for b in blocks}) == 1:
             found += blocks
-    return found
+    return [
+        name
+        for name in found
+        if not any(other.startswith(f'{name}.') for other in found)
+    ]
 
 
 def _is_block(module: nn.Module) -> bool:
