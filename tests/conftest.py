@@ -17,6 +17,7 @@ torch.set_num_threads(1)
 #: Files whose tests start many processes or train real models, longest first.
 SLOW = (
     *('tools', 'study', 'faults', 'recipes_train', 'ranks', 'benchmarks'),
+    *('sharded_commands', 'fully_shard_strategy', 'shards', 'check_setup'),
     'every_optimizer',
     *('example', 'slurm', 'nodes', 'packaging', 'models', 'configs'),
 )

@@ -60,8 +60,9 @@ class KillRank(Hook):
             'TORCHELASTIC_RESTART_COUNT'
         ] == '0':
             weight = next(runner.model.parameters())
-            weight.register_hook(
-                lambda gradient: os.kill(os.getpid(), signal.SIGKILL)
+            # which shards know, too
+            weight.register_post_accumulate_grad_hook(
+                lambda param: os.kill(os.getpid(), signal.SIGKILL)
             )
 
 
