@@ -151,6 +151,13 @@ VARIANCE = [
     for estimator in ('split', 'pairs')
     for dtype, told in ((None, 'fp32'), (torch.bfloat16, 'bf16'))
 ]
+VARIANCE += [
+    (
+        partial(check_variance, estimator, None, sharded=True),
+        *(wrong_variance, FAILED, 'in shards)'),
+    )
+    for estimator in ('split', 'pairs')
+]
 #: A check, what is wrong on rank 1, what is found, and a part of what is told.
 CASES = [
     (environment.same_versions, other_torch, FAILED, 'torch is 2.0.0'),
@@ -255,7 +262,7 @@ def test_command_passes_here(tmp_path):
         assert state == (NOT_APPLICABLE if name in lacking else PASSED), name
     for result in told['results']:
         assert result['sentence'] in output
-    assert '13 passed, 0 failed, 2 not applicable' in output
+    assert '15 passed, 0 failed, 2 not applicable' in output
 
 
 def test_rank_that_fails_ends_all_with_a_table(tmp_path):

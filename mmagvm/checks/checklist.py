@@ -31,12 +31,20 @@ def checklist(work_dir: Path) -> List[Tuple[str, Check]]:
         for estimator in ('split', 'pairs')
         for dtype in (None, torch.bfloat16, torch.float16)
     ]
+    sharded: List[Tuple[str, Check]] = [
+        (
+            f'phi of {estimator}, in shards',
+            partial(check_variance, estimator, None, sharded=True),
+        )
+        for estimator in ('split', 'pairs')
+    ]
     return [
         ('versions', environment.same_versions),
         ('MMCV operators', environment.mmcv_ops),
         ('all-reduce within a node', collectives.within_node),
         ('all-reduce between nodes', collectives.between_nodes),
         *variance,
+        *sharded,
         ('same on all ranks', same_multipliers),
         ('CGBN', norm_layers.cross_gpu_batch_norm),
         ('SyncBN', norm_layers.sync_batch_norm),

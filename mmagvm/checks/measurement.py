@@ -5,7 +5,6 @@ it checks: a copy of the model outside of its data-parallel wrapper gives the
 gradient of each sample by itself, and all of them are gathered.
 """
 
-import copy
 import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -59,13 +58,14 @@ class Case:
     optimizer: str
     dtype: Optional[torch.dtype]
     micro_batches: int
+    sharded: bool = False
 
     def __str__(self) -> str:
         count = self.micro_batches
         accumulated = f', {count} micro-batches' if count > 1 else ''
         return (
             f'{self.estimator}, {self.optimizer}, {NAMES[self.dtype]}'
-            f'{accumulated}'
+            f'{accumulated}{", in shards" if self.sharded else ""}'
         )
 
     def autocast(self, device: torch.device) -> ContextManager[Any]:
@@ -88,7 +88,9 @@ class Training:
         torch.manual_seed(0)
         self.model = Detector().to(self.device)
         self.wrapped: nn.Module = self.model
-        if ranks.world_size > 1:
+        if case.sharded:
+            shard(self.model, ranks)
+        elif ranks.world_size > 1:
             self.wrapped = DistributedDataParallel(self.model)
         groups = module_groups(self.model, MODULES)
         self.optimizer: torch.optim.Optimizer
@@ -136,9 +138,13 @@ class Training:
     def samples(self, update: int) -> Tensor:
         """Every sample's gradient, (samples, parameters), in float64.
 
-        A sample is a rank's whole batch or, on one rank, a micro-batch.
+        A sample is a rank's whole batch or, on one rank and of shards, a
+        micro-batch.
         """
-        twin = copy.deepcopy(self.model)
+        twin = Detector().to(self.device)
+        twin.load_state_dict(
+            {k: whole(v) for k, v in self.model.state_dict().items()}
+        )
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         gradients = []
         for images, labels in self.batches(update):
@@ -151,10 +157,11 @@ class Training:
         own = torch.stack(gradients)
         if self.ranks.world_size == 1:
             return own.cpu().double()
-        own = own.mean(0)
+        if not self.case.sharded:
+            own = own.mean(0, keepdim=True)
         every = [torch.empty_like(own) for _ in range(self.ranks.world_size)]
         dist.all_gather(every, own)
-        return torch.stack(every).cpu().double()
+        return torch.cat(every).cpu().double()
 
     def second_moment(self) -> Optional[Tensor]:
         """AdamW's v of all parameters, in float64; None before there is one.
@@ -164,7 +171,9 @@ class Training:
         states = [self.optimizer.state.get(p) for p in ordered(self.model)]
         if not all(states):
             return None
-        moments = [state['exp_avg_sq'].flatten() for state in states if state]
+        moments = [
+            whole(state['exp_avg_sq']).flatten() for state in states if state
+        ]
         return torch.cat(moments).cpu().double()
 
     def expected(self, update: int) -> Optional[Dict[str, float]]:
@@ -183,11 +192,21 @@ class Training:
                 divisor = torch.where(v == 0, torch.inf, v.sqrt() + 1e-8)
         phi = phi_of_split if self.case.estimator == 'split' else phi_of_pairs
         scaled = samples / divisor
-        alone = self.ranks.world_size == 1
+        first = self.first_half(len(samples))
         return {
-            module: phi(scaled[:, part], alone)
+            module: phi(scaled[:, part], first)
             for module, part in slices(self.model)
         }
+
+    def first_half(self, count: int) -> Tensor:
+        """Which samples are in the first half of ``split``, (count,).
+
+        Those of even ranks, of one rank the first micro-batches.
+        """
+        place = torch.arange(count)
+        if self.ranks.world_size == 1:
+            return place < count // 2
+        return place // (count // self.ranks.world_size) % 2 == 0
 
 
 def ordered(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -205,25 +224,45 @@ def slices(model: nn.Module) -> Iterator[Tuple[str, slice]]:
         begin += size
 
 
-def phi_of_split(samples: Tensor, micro_batches: bool) -> float:
-    """Of two halves: 1 - cos(G1, G2), Eq. 9 of the paper.
+def shard(model: Detector, ranks: Ranks) -> None:
+    """Cut a model into shards, one for each rank."""
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+    except ImportError:
+        raise NotApplicableError(
+            f'torch {torch.__version__} has no fully_shard'
+        ) from None
+    if not hasattr(FSDPModule, 'set_custom_reduce_scatter'):
+        raise NotApplicableError(
+            f'torch {torch.__version__} does not show gradients of shards'
+        )
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    for unit in (model.backbone, model.neck, model):
+        fully_shard(unit, mesh=mesh)
+
+
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor that may be in shards, by all ranks."""
+    full = getattr(tensor, 'full_tensor', None)
+    found: Tensor = tensor if full is None else full()
+    return found
+
+
+def phi_of_split(samples: Tensor, first_half: Tensor) -> float:
+    """Of two halves: 1 - cos(G1, G2), Eq. 2 of the paper.
 
     Args:
         samples: (samples, parameters).
-        micro_batches: They come one after the other, and the first half is
-            the first ones; else even ranks are against odd ones.
+        first_half: (samples,), whether each is in the first one.
     """
-    half = len(samples) // 2
-    parts = (
-        (samples[:half], samples[half:])
-        if micro_batches
-        else (samples[::2], samples[1::2])
+    first, second = (
+        part.mean(0) for part in (samples[first_half], samples[~first_half])
     )
-    first, second = (part.mean(0) for part in parts)
     return float(1 - first @ second / (first.norm() * second.norm()))
 
 
-def phi_of_pairs(samples: Tensor, micro_batches: bool = False) -> float:
+def phi_of_pairs(samples: Tensor, _: Tensor) -> float:
     """Of each sample against each, from all their inner products."""
     count = len(samples)
     products = samples @ samples.T
@@ -234,16 +273,21 @@ def phi_of_pairs(samples: Tensor, micro_batches: bool = False) -> float:
 
 
 def check_variance(
-    estimator: str, dtype: Optional[torch.dtype], ranks: Ranks
+    estimator: str,
+    dtype: Optional[torch.dtype],
+    ranks: Ranks,
+    sharded: bool = False,
 ) -> Found:
     """phi of SGD and AdamW, with and without accumulation."""
     _need(dtype, ranks.device)
+    if sharded and ranks.world_size == 1:
+        raise NotApplicableError('one rank, which keeps all of the model')
     counts = (1, 2) if ranks.world_size > 1 else (2, 4)
     largest = 0.0
     faults: List[str] = []
     for optimizer in ('SGD', 'AdamW'):
         for count in counts:
-            case = Case(estimator, optimizer, dtype, count)
+            case = Case(estimator, optimizer, dtype, count, sharded)
             largest = max(largest, _error(case, ranks, faults))
     fail_if(faults)
     return (

@@ -16,6 +16,7 @@ from mmengine.dist import get_comm_device, init_dist
 from mmengine.utils.dl_utils import set_multi_processing
 
 import mmagvm  # noqa: F401  registers AGVM, lets torch >= 2.6 load checkpoints
+from mmagvm.engine.config_types import type_name
 from mmagvm.errors import UsageError
 from mmagvm.launch.rendezvous import (
     deadline,
@@ -166,9 +167,28 @@ def use_omp_threads() -> None:
         torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
 
+def refuse_ignored_settings(cfg: Config) -> None:
+    """Raise a UsageError for what MMEngine would leave out without a word."""
+    if type_name(cfg.get('runner_type')) != 'FlexibleRunner':
+        if cfg.get('strategy'):
+            raise UsageError(
+                f'strategy={dict(cfg.strategy)} is read by a FlexibleRunner '
+                "only: set runner_type='FlexibleRunner' too"
+            )
+        return
+    for name in ('activation_checkpointing', 'find_unused_parameters'):
+        if cfg.get(name):
+            raise UsageError(
+                f'{name}={cfg[name]!r} is not read by a FlexibleRunner: write '
+                f"strategy=dict(type='FullyShardStrategy', {name}="
+                f'{cfg[name]!r}) instead'
+            )
+
+
 def build_runner(cfg: Config) -> mmengine.runner.Runner:
     """The runner that the config describes."""
     use_omp_threads()
+    refuse_ignored_settings(cfg)
     if 'runner_type' in cfg:
         return mmengine.registry.RUNNERS.build(cfg)
     return mmengine.runner.Runner.from_cfg(cfg)

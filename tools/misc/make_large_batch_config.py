@@ -21,6 +21,7 @@ from mmagvm.planning.large_batch_config import (
     verify,
     write,
 )
+from mmagvm.planning.sharding import plan_sharding
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,6 +39,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--optimizer',
         help=f"change to one of {', '.join(OPTIONS)} (default: the config's)",
+    )
+    parser.add_argument(
+        '--shard',
+        action='store_true',
+        help='keep a part of the model on each GPU (FullyShardStrategy)',
     )
     parser.add_argument(
         '--max-images-per-gpu',
@@ -77,6 +83,8 @@ def main() -> None:
     init_default_scope(scope_of(cfg))
     result, batch = plan(cfg, args)
     model = build_model(cfg)
+    if args.shard:
+        plan_sharding(result, cfg, batch, model)
     out = args.out or default_out(args.config, batch, args.optimizer)
     write(out, args.config, cfg, result)
     modules = verify(out, result, model)
