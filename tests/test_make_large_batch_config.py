@@ -17,6 +17,8 @@ from commands import load_command
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
+from mmagvm.errors import UsageError
+from mmagvm.launch.runner import refuse_ignored_settings
 from mmagvm.planning import large_batch as planning
 from mmagvm.planning.config_reader import find_base_batch_size, load
 from mmagvm.planning.counts import convert_average
@@ -776,3 +778,70 @@ def test_accumulation_of_the_original_counts():
     )
     size, source = find_base_batch_size('mmdet::any.py', cfg)
     assert size == 64 and 'x 4 accumulated micro-batches' in source
+
+
+# -- in shards
+
+
+def test_shard_writes_the_strategy_and_moves_settings(make, own):
+    file = own(lines="activation_checkpointing = ['backbone']")
+    cfg, _, told = make(file, '--batch-size', '64', '--gpus', '4', '--shard')
+    assert cfg.runner_type == 'FlexibleRunner'
+    assert cfg.strategy == dict(
+        type='FullyShardStrategy', activation_checkpointing=['backbone']
+    )
+    assert not cfg.activation_checkpointing
+    assert '4 shards; 16 units are gathered one at a time, from' in told
+    refuse_ignored_settings(cfg)
+
+
+@pytest.mark.parametrize(
+    'options, lines, message',
+    [
+        (['--gpus', '1'], '', 'one GPU keeps all of the model'),
+        (
+            ['--gpus', '4', '--optimizer', 'SOAP'],
+            '',
+            'SOAP steps whole matrices',
+        ),
+        (
+            ['--gpus', '4'],
+            "custom_hooks = [dict(type='EMAHook')]",
+            'EMAHook copies the model',
+        ),
+        (
+            ['--gpus', '4'],
+            "model = dict(backbone=dict(_delete_=True, type='SSDVGG', depth=16"
+            ', out_feature_indices=(22, 34)), neck=None)',
+            'units=None finds no repeated blocks',
+        ),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(make, own, options, lines, message):
+    with pytest.raises(SystemExit, match=message):
+        make(own(lines=lines), '--batch-size', '64', '--shard', *options)
+
+
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (
+            dict(strategy=dict(type='FullyShardStrategy')),
+            "set runner_type='FlexibleRunner' too",
+        ),
+        (
+            dict(
+                runner_type='FlexibleRunner',
+                activation_checkpointing=['backbone'],
+            ),
+            r"FullyShardStrategy', activation_checkpointing=\['backbone'\]",
+        ),
+        (
+            dict(runner_type='FlexibleRunner', find_unused_parameters=True),
+            'find_unused_parameters=True is not read by a FlexibleRunner',
+        ),
+    ],
+)
+def test_settings_that_mmengine_ignores_are_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        refuse_ignored_settings(Config(settings))

@@ -168,11 +168,12 @@ class Training:
 
         Zero for SGD is not told apart: ask for AdamW only.
         """
-        states = [self.optimizer.state.get(p) for p in ordered(self.model)]
-        if not all(states):
+        states = self.optimizer.state
+        if not states:
             return None
         moments = [
-            whole(state['exp_avg_sq']).flatten() for state in states if state
+            whole(states[param]['exp_avg_sq']).flatten()
+            for param in ordered(self.model)
         ]
         return torch.cat(moments).cpu().double()
 
