@@ -99,7 +99,9 @@ def test_sharding_wrappers_are_refused_by_name(name):
     with pytest.raises(ValueError, match=f'does not support {name}'):
         build().initialize_count_status(model, 0, 10)
     model.module = make_model()  # wrapped before the optimizer is built
-    with pytest.raises(ValueError, match=f'does not support {name}.*FullyShard'):
+    with pytest.raises(
+        ValueError, match=f'does not support {name}.*FullyShard'
+    ):
         build_optim_wrapper(model, wrapper_cfg())
 
 

@@ -101,6 +101,7 @@ def on_ranks(rank, world_size):
         found['never'] = train(rank, True, settings=dict(begin=10**6))
         found['refused'] = refusals()
         found['divided'] = divided(rank)
+        found['thawed'] = [thawed(rank, frozen) for frozen in (True, False)]
     return found
 
 
@@ -148,6 +149,24 @@ def divided(rank):
         agvm.step()
         optimizer.zero_grad()
     return agvm.modulator.measured, agvm.why_missed()
+
+
+def thawed(rank, frozen):
+    """A layer that is frozen, or is not, and changes that in mid-training."""
+    model = make_model().float()
+    model.backbone[0].requires_grad_(not frozen)
+    outer = wrapped(model, True)
+    optimizer = torch.optim.SGD(module_groups(model), lr=0.1)
+    agvm = AGVM(optimizer, outer, Settings(interval=1))
+    trained = []
+    for update in range(4):
+        model.backbone[0].requires_grad_((update < 2) != frozen)
+        with agvm.micro_batch():
+            outer(make_batch(update, rank, 0).float()).backward()
+        trained.append(model.backbone[0].weight.grad is not None)
+        agvm.step()
+        optimizer.zero_grad()
+    return trained, agvm.modulator.measured
 
 
 @pytest.fixture(scope='module')
@@ -259,3 +278,11 @@ def test_gradients_that_are_divided_otherwise_are_not_measured(found):
     assert measured == 0
     assert 'travel as torch.float64' in why
     assert '(2 times)' in why
+
+
+@pytest.mark.parametrize('frozen', [True, False])
+def test_layers_may_be_frozen_and_unfrozen_in_mid_training(found, frozen):
+    """Shards average all that is trained, whenever it begins."""
+    trained, measured = found[2][0]['thawed'][0 if frozen else 1]
+    assert trained == [not frozen] * 2 + [frozen] * 2
+    assert measured == 4

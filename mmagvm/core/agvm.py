@@ -227,7 +227,10 @@ class AGVM:
             None,
         )
         self._thawed = Thawed(
-            model, self.optimizer, self._frozen, grad_variance.world_size
+            model,
+            self.optimizer,
+            self._frozen,
+            grad_variance.averages_unfrozen,
         )
 
     def before_forward(self) -> None:

@@ -35,7 +35,8 @@ class Thawed:
         optimizer: With ``module`` in its groups, None for those that are not
             modulated.
         frozen: Of its parameters, those that have been frozen all along.
-        world_size: Ranks whose gradients are averaged.
+        averages_unfrozen: Whether gradients of all of these are averaged
+            once they are trained.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Thawed:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         frozen: Set[Tensor],
-        world_size: int,
+        averages_unfrozen: bool,
     ) -> None:
         names: Dict[Tensor, str] = {
             param: name
@@ -55,11 +56,10 @@ class Thawed:
             for group in optimizer.param_groups
             for param in group['params']
         }
-        self._several_ranks = world_size > 1
         self._averaged_never = {
             param: name
             for param, name in names.items()
-            if self._several_ranks and param in frozen
+            if not averages_unfrozen and param in frozen
         }
         self._plain = {
             param: name

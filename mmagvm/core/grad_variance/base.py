@@ -61,6 +61,8 @@ class GradVariance(ABC):
 
     #: Ranks whose gradients are averaged.
     world_size: int = 1
+    #: Whether gradients of parameters that have been frozen are averaged, too.
+    averages_unfrozen: bool = True
     #: How many gradients are compared, each of as many images.
     samples: int
 

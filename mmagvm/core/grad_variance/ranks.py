@@ -63,6 +63,8 @@ class RankVariance(GradVariance):
         comm_hook: Optional[str] = None,
     ) -> None:
         super().__init__(optimizer, modules)
+        # DistributedDataParallel leaves out what is frozen when it is built
+        self.averages_unfrozen = False
         self.group = model.process_group
         self.world_size = self.samples = dist.get_world_size(self.group)
         self._handles: List[Any] = []
