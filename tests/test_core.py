@@ -365,7 +365,7 @@ def test_another_number_of_backward_passes_is_told_later(caplog):
         with wrapper.optim_context(model):
             loss = model(make_batch(10, 0, micro_batch))
         wrapper.backward(loss)
-    with mock.patch('mmagvm.core.agvm.logger') as logger:
+    with mock.patch('mmagvm.core.missed.logger') as logger:
         wrapper.step()
     assert 'due and is not measured' in logger.warning.call_args[0][0]
     assert 'another number of backward' in wrapper.agvm.why_missed()

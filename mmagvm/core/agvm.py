@@ -20,6 +20,16 @@ from mmagvm.core.grad_variance import (
     refuse_sparse_gradients,
 )
 from mmagvm.core.graphs import outside_of_graphs
+from mmagvm.core.missed import (
+    NO_ANCHOR,
+    NO_STATE,
+    NOT_BEGUN,
+    NOT_FINITE,
+    OTHER_BACKWARDS,
+    OWN_BACKWARD,
+    PARTIAL,
+    Missed,
+)
 from mmagvm.core.modulator import Modulator
 from mmagvm.core.modules import find_anchor, refuse_single_module
 from mmagvm.core.settings import Settings
@@ -28,31 +38,6 @@ from mmagvm.core.wrapped import modules_in, optimizers_in
 
 logger = logging.getLogger('mmagvm')
 
-#: Why an update that was due is not measured.
-NOT_BEGUN = (
-    'train_step does not run the model inside of optim_wrapper.optim_context'
-    '(model), without MMEngine inside of agvm.micro_batch()'
-)
-PARTIAL = 'only a part of the micro-batches of an update came'
-OWN_BACKWARD = (
-    "the loss's own backward() is called: in train_step call "
-    'optim_wrapper.update_params(loss), or its backward(loss) and step(), '
-    'without MMEngine agvm.micro_batch()'
-)
-NO_STATE = (
-    'the optimizer had no state yet to measure by, which it has after the '
-    'first updates'
-)
-OTHER_BACKWARDS = (
-    'it had another number of backward passes than of micro-batches'
-)
-NOT_FINITE = 'gradients were NaN or infinite'
-NO_ANCHOR = 'the module that the others follow had no gradient'
-OTHER_STEP = (
-    "the optimizer's own step() is called: in train_step call "
-    'optim_wrapper.update_params(loss), or its backward(loss) and step(), '
-    'without MMEngine agvm.step()'
-)
 #: Updates of a process during which what is wrong with its loop still ends it.
 EARLY = 10
 #: Part of a module's squared gradient that may be lost on the way to others.
@@ -156,9 +141,7 @@ class AGVM:
         self._last_begun = False  # the forward pass of its last micro-batch
         self._told_raw = False
         self._told_lost = False
-        #: How many updates that were due are not measured, by the reason.
-        self.missed: Counter[str] = Counter()
-        self._why_not = NOT_BEGUN  # the update under way is not measured
+        self._missed = Missed()
         # a loss scaler may skip the step
         for stepping in optimizers_in(optimizer):
             stepping.register_step_post_hook(self._note_step)
@@ -250,7 +233,7 @@ class AGVM:
             loss_scale: By what a loss scaler multiplies all gradients, one
                 number on their device. None for 1.
         """
-        self._why_not = ''
+        self._missed.reason = ''
         self._begun, self._last_begun = True, False
         if self._backwards == 0 or not self._has_gradients():
             self._forwards = self._backwards = 0
@@ -259,14 +242,14 @@ class AGVM:
         ):
             self._grad_variance.start(loss_scale)
             if not self._grad_variance.measuring:
-                self._why_not = NO_STATE
+                self._missed.reason = NO_STATE
 
     @outside_of_graphs
     def before_last_forward(self) -> None:
         """Before the forward pass of the update's last micro-batch."""
         self._last_begun = True
-        if self._why_not == NOT_BEGUN:
-            self._why_not = PARTIAL
+        if self._missed.reason == NOT_BEGUN:
+            self._missed.reason = PARTIAL
         if self._grad_variance is not None and self._grad_variance.measuring:
             self._grad_variance.before_last_backward()
 
@@ -302,12 +285,12 @@ class AGVM:
         if wrong and self._done < EARLY:
             raise ValueError(wrong)
         if wrong:
-            self._why_not = OTHER_BACKWARDS
+            self._missed.reason = OTHER_BACKWARDS
         grad_variance = self._grad_variance
         if grad_variance is None:
             return
         if not grad_variance.measuring:
-            self._why_not = self._why_not or grad_variance.spoiled
+            self._missed.reason = self._missed.reason or grad_variance.spoiled
             return
         if self._unseen():
             grad_variance.drop()
@@ -316,7 +299,9 @@ class AGVM:
         known = self.modulator.measured
         self.modulator.update(self.update, measurement)
         if self.modulator.measured == known:
-            self._why_not = NO_ANCHOR if measurement.finite else NOT_FINITE
+            self._missed.reason = (
+                NO_ANCHOR if measurement.finite else NOT_FINITE
+            )
         self._tell_raw(grad_variance)
         self._tell_lost(measurement)
 
@@ -357,12 +342,12 @@ class AGVM:
         Or are not what an update is of.
         """
         if self.world_size == 1 and self._backwards == 0:
-            self._why_not = OWN_BACKWARD
+            self._missed.reason = OWN_BACKWARD
         elif self.world_size > 1 and not self._last_begun:
-            self._why_not = PARTIAL
+            self._missed.reason = PARTIAL
         elif self._thawed is not None and self._thawed.spoil_the_mean():
-            self._why_not = NOT_AVERAGED
-        return bool(self._why_not)
+            self._missed.reason = NOT_AVERAGED
+        return bool(self._missed.reason)
 
     def _clip_divisor(
         self, clip_grad: Optional[Dict[str, Any]]
@@ -455,45 +440,28 @@ class AGVM:
             for group, lr, own, mu in zip(groups, given, saved, scale):
                 group['lr'] = _restored(group['lr'], lr, own, mu)
             self._stepping = False
-        self._account()
+        self._missed.end_update(self.update, self.settings.is_due(self.update))
         self.update += self._stepped
         self._done += self._stepped
         self._forwards = self._backwards = 0
         self._begun = False
 
-    def _account(self) -> None:
-        """Count the update that is done, if it was due and not measured."""
-        if self._why_not and self.settings.is_due(self.update):
-            self.missed[self._why_not] += 1
-            told = self.missed[self._why_not] > 1
-            of_loop = (NOT_BEGUN, OWN_BACKWARD, OTHER_BACKWARDS)
-            if self._why_not in of_loop and not told:
-                logger.warning(
-                    'update %d was due and is not measured, because %s',
-                    self.update,
-                    self._why_not,
-                )
-        self._why_not = NOT_BEGUN
-
     def _note_step(self, *_: Any) -> None:
         self._stepped = True
         if not self._stepping:
-            self.missed[OTHER_STEP] += 1
-            if self.missed[OTHER_STEP] == 1:
-                logger.warning(
-                    'a step is neither measured nor modulated, because %s',
-                    OTHER_STEP,
-                )
+            self._missed.other_step()
+
+    @property
+    def missed(self) -> Counter[str]:
+        """How many updates that were due are not measured, by the reason."""
+        return self._missed.counts
 
     def why_missed(self) -> str:
         """The reasons for which updates were not measured, most often first.
 
         Empty if none was missed.
         """
-        return '; '.join(
-            f'{reason} ({count} times)'
-            for reason, count in self.missed.most_common()
-        )
+        return str(self._missed)
 
     # -- for a plain loop
 
@@ -545,7 +513,7 @@ class AGVM:
         """Forget the micro-batches so far; their gradients are zeroed."""
         self._micro_batches = self._forwards = self._backwards = 0
         self._begun = False
-        self._why_not = NOT_BEGUN
+        self._missed.reason = NOT_BEGUN
         if self._grad_variance is not None and self._grad_variance.measuring:
             self._grad_variance.drop()
 

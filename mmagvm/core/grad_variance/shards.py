@@ -27,11 +27,6 @@ from .split import Split
 
 logger = logging.getLogger('mmagvm')
 
-try:  # torch >= 2.6
-    from torch.distributed.fsdp import FSDPModule
-except ImportError:
-    FSDPModule = None  # type: ignore[assignment,misc]
-
 #: What units call their reduce-scatter by; torch has renamed it.
 reduce_scatter = getattr(
     dist, 'reduce_scatter_single', dist.reduce_scatter_tensor
@@ -109,7 +104,7 @@ class ShardVariance(GradVariance):
         self._told = False
         reduction: Any = Reduction(self)
         for module in model.modules():
-            if isinstance(module, FSDPModule):
+            if isinstance(module, unit_class()):
                 module.set_custom_reduce_scatter(reduction)
 
     def start(self, loss_scale: Optional[Tensor] = None) -> None:
@@ -333,6 +328,27 @@ class SplitShards(Split, ShardVariance):
         return norms
 
 
+def unit_class() -> Any:
+    """The class of units.
+
+    It is not imported where nothing is sharded, as it brings much with it.
+
+    Raises:
+        ValueError: This torch has none, or one that shows no gradients.
+    """
+    try:
+        from torch.distributed.fsdp import FSDPModule
+
+        assert hasattr(FSDPModule, 'set_custom_reduce_scatter')
+    except (ImportError, AssertionError):
+        raise ValueError(
+            f'torch {torch.__version__} does not let AGVM see gradients of '
+            'shards: use a newer one, such as 2.13, or train with '
+            'MMDistributedDataParallel'
+        ) from None
+    return FSDPModule
+
+
 def mesh_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> Any:
     """The device mesh over which a model is sharded.
 
@@ -341,15 +357,7 @@ def mesh_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> Any:
             one is.
     """
     way = 'use FullyShardStrategy, which shards as AGVM understands'
-    if FSDPModule is None or not hasattr(
-        FSDPModule, 'set_custom_reduce_scatter'
-    ):
-        raise ValueError(
-            f'torch {torch.__version__} does not let AGVM see gradients of '
-            'shards: use a newer one, such as 2.13, or train with '
-            'MMDistributedDataParallel'
-        )
-    if not isinstance(model, FSDPModule):
+    if not isinstance(model, unit_class()):
         raise ValueError(
             f'parameters are sharded, and the model is a '
             f'{type(model).__name__} on which fully_shard was not called: '

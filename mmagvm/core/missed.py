@@ -1,0 +1,80 @@
+"""Why updates that were due are not measured, and telling so."""
+
+import logging
+from typing import Counter
+
+logger = logging.getLogger('mmagvm')
+
+#: Reasons, each in words that go on from "because".
+NOT_BEGUN = (
+    'train_step does not run the model inside of optim_wrapper.optim_context'
+    '(model), without MMEngine inside of agvm.micro_batch()'
+)
+PARTIAL = 'only a part of the micro-batches of an update came'
+OWN_BACKWARD = (
+    "the loss's own backward() is called: in train_step call "
+    'optim_wrapper.update_params(loss), or its backward(loss) and step(), '
+    'without MMEngine agvm.micro_batch()'
+)
+NO_STATE = (
+    'the optimizer had no state yet to measure by, which it has after the '
+    'first updates'
+)
+OTHER_BACKWARDS = (
+    'it had another number of backward passes than of micro-batches'
+)
+NOT_FINITE = 'gradients were NaN or infinite'
+NO_ANCHOR = 'the module that the others follow had no gradient'
+OTHER_STEP = (
+    "the optimizer's own step() is called: in train_step call "
+    'optim_wrapper.update_params(loss), or its backward(loss) and step(), '
+    'without MMEngine agvm.step()'
+)
+#: Those of a loop that does not work, told as soon as they are seen.
+OF_LOOP = (NOT_BEGUN, OWN_BACKWARD, OTHER_BACKWARDS)
+
+
+class Missed:
+    """Counts updates that were due and not measured.
+
+    Attributes:
+        reason (str): Why the update under way is not measured; empty if it is.
+        counts (Counter): Of updates, by their reason.
+    """
+
+    def __init__(self) -> None:
+        self.reason = NOT_BEGUN
+        self.counts: Counter[str] = Counter()
+
+    def end_update(self, update: int, due: bool) -> None:
+        """Count the update that is done.
+
+        Args:
+            update: Its index.
+            due: Whether it was to be measured.
+        """
+        if self.reason and due:
+            self.counts[self.reason] += 1
+            if self.reason in OF_LOOP and self.counts[self.reason] == 1:
+                logger.warning(
+                    'update %d was due and is not measured, because %s',
+                    update,
+                    self.reason,
+                )
+        self.reason = NOT_BEGUN
+
+    def other_step(self) -> None:
+        """Count a step of the optimizer that AGVM does not see coming."""
+        self.counts[OTHER_STEP] += 1
+        if self.counts[OTHER_STEP] == 1:
+            logger.warning(
+                'a step is neither measured nor modulated, because %s',
+                OTHER_STEP,
+            )
+
+    def __str__(self) -> str:
+        """The reasons, most often first; empty if no update was missed."""
+        return '; '.join(
+            f'{reason} ({count} times)'
+            for reason, count in self.counts.most_common()
+        )
