@@ -87,7 +87,7 @@ class ShardVariance(GradVariance):
         micro_batches: int,
     ) -> None:
         super().__init__(optimizer, modules)
-        mesh = mesh_of(optimizer, model)
+        mesh = mesh_of(model)
         self.world_size = mesh.size()
         self.samples = self.world_size * micro_batches
         self.micro_batches = micro_batches
@@ -349,7 +349,7 @@ def unit_class() -> Any:
     return FSDPModule
 
 
-def mesh_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> Any:
+def mesh_of(model: nn.Module) -> Any:
     """The device mesh over which a model is sharded.
 
     Raises:
@@ -372,8 +372,8 @@ def mesh_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> Any:
                     f'gradient: freeze it (requires_grad=False), or {way}'
                 )
             continue
-        placements = param.placements  # type: ignore[attr-defined]
-        mesh = param.device_mesh  # type: ignore[attr-defined]
+        placements = param.placements
+        mesh = param.device_mesh
         kinds = [type(placement).__name__ for placement in placements]
         if (
             kinds not in (['Shard'], ['Replicate', 'Shard'])
