@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from mmengine.registry import MODELS
 from ranks import run_ranks
 from sharded_configs import sharded_cfg
@@ -50,10 +51,16 @@ def run(rank, folder, name, **settings):
     resume = settings.pop('resume', None)
     wrapper = settings.pop('wrapper', None)
     hooks = settings.pop('hooks', [])
+    load_from = settings.pop('load_from', None)
+    lr = settings.pop('lr', None)
     cfg = sharded_cfg(folder / name, **{'accumulative_counts': 1, **settings})
     cfg.custom_hooks += hooks
     if wrapper is not None:
         cfg.optim_wrapper, cfg.custom_hooks = wrapper, []
+    if load_from is not None:
+        cfg.load_from = str(load_from)
+    if lr is not None:
+        cfg.optim_wrapper.optimizer.lr = lr
     if resume is not None:
         cfg.resume, cfg.load_from = True, str(folder / resume)
     runner = build_runner(cfg)
@@ -88,7 +95,15 @@ def on_ranks(rank, world_size, folder):
         run(rank, folder, 'alone', strategy=dict(replicas=2))
     with pytest.raises(ValueError, match="has 'bone', which is the name of"):
         run(rank, folder, 'unit', units='bone')
-    runner = run(rank, folder, 'last', max_epochs=1)
+    if rank == 0:
+        other = torch.load(folder / 'SGD/epoch_1.pth', weights_only=True)
+        other['state_dict']['rpn_head.weight'] = torch.ones(4, 5)
+        torch.save(other, folder / 'other.pth')
+    dist.barrier()
+    runner = run(
+        *(rank, folder, 'finetuned'),
+        **dict(max_epochs=1, load_from=folder / 'other.pth', lr=0.0),
+    )
     state = runner.strategy.model_state_dict()
     return [value is None for value in state.values()]
 
@@ -177,6 +192,19 @@ def test_any_number_of_ranks_resumes(runs, name):
         load(runs / name / 'epoch_2.pth'),
         load(runs / 'of four, ddp/epoch_2.pth'),
     )
+
+
+def test_weights_of_another_shape_stay_as_they_were(runs):
+    """And all others are loaded, as for another number of classes."""
+    before, after = (
+        load(runs / name / 'epoch_1.pth')['state_dict']
+        for name in ('SGD', 'finetuned')
+    )
+    for name, value in after.items():
+        if name != 'rpn_head.weight':
+            torch.testing.assert_close(value, before[name], msg=name)
+    assert after['rpn_head.weight'].shape == (3, 5)
+    assert not torch.equal(after['rpn_head.weight'], before['rpn_head.weight'])
 
 
 def strategy(tmp_path, **settings):
