@@ -75,20 +75,18 @@ class Conv3x3(nn.Module):
 
     def _deformable(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        # MMCV refuses what is smaller than the kernel; zeros outside of an
-        # image are what its kernel reads there anyway
-        padded = functional.pad(
-            x, (0, max(3 - width, 0), 0, max(3 - height, 0))
-        )
+        padded = x
+        if min(height, width) < 3:
+            # MMCV refuses what is smaller than the kernel; zeros outside of
+            # an image are what its kernel reads there anyway
+            right, below = max(3 - width, 0), max(3 - height, 0)
+            padded = functional.pad(x, (0, right, 0, below))
         # MMCV has no kernel for bfloat16, and half precision is too coarse
         # for positions in a large image
         with torch.autocast(x.device.type, enabled=False):
             y: Tensor = self.conv(padded.to(self.conv.weight.dtype))
-        # back to the precision around
-        y = y.to(x.dtype)
-        return y[
-            ..., : -(-height // self.stride), : -(-width // self.stride)
-        ].contiguous()
+        height, width = -(-height // self.stride), -(-width // self.stride)
+        return y[..., :height, :width].to(x.dtype).contiguous()
 
 
 def conv1x1(

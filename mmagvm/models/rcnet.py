@@ -29,8 +29,8 @@ class RCNet(BaseModule):
     A 1x1 convolution with norm takes each level of the backbone to
     ``out_channels``. Then :class:`RevFP` runs ``num_stages`` times and
     :class:`CrossScaleShift` once. 3x3 convolutions of stride 2, each with
-    norm, make further levels from the highest one. All but the first of them
-    see an activation of it.
+    norm, make further levels from the highest one. The first takes it as it
+    is, each other one an activation of the level before.
 
     Defaults are those of United-Perception (``mb15`` at commit 2bd6d9f), the
     neck of AGVM's largest detector up to P7. That P8 is made like P7 is a
