@@ -1,0 +1,1 @@
+"""Models of the recipes that MMDetection lacks; importing needs mmdet."""
