@@ -8,7 +8,7 @@ from mmdet.models.utils import empty_instances, unpack_gt_instances
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox2roi
 from mmengine.structures import InstanceData
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmagvm.recipes.registry import register
 
@@ -347,7 +347,7 @@ class HTCLiteRoIHead(CascadeRoIHead):
         """The context vector of each image, (images, C, 1, 1)."""
         if self.glbctx_head is None:
             return None
-        _, context = self.glbctx_head(x)
+        context: Tensor = self.glbctx_head(x)[1]
         return context
 
     def _sample(
@@ -390,7 +390,7 @@ class HTCLiteRoIHead(CascadeRoIHead):
 
 
 def _roi_features(
-    extractor: nn.Module,
+    extractor: Any,
     x: Features,
     rois: Tensor,
     glbctx_feat: Optional[Tensor],

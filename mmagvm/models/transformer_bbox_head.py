@@ -214,7 +214,8 @@ class RoITransformerBlock(nn.Module):
         x = x + self.gain1 * self._attention(self.norm1(x))
         x = x + self.gain2 * self.mlp(self.norm2(x))
         # a view: the next block has the tokens' channels last
-        return x.transpose(1, 2).unflatten(2, size)
+        output: Tensor = x.transpose(1, 2).unflatten(2, size)
+        return output
 
     def _attention(self, x: Tensor) -> Tensor:
         """(RoIs, tokens, C) to the same."""
