@@ -13,7 +13,7 @@ ROOMS = [
         *('mmagvm.markdown', 'mmagvm.strict_json'),
     ),
     ('mmagvm.core',),
-    ('mmagvm.recipes', 'mmagvm.datasets'),
+    ('mmagvm.recipes', 'mmagvm.datasets', 'mmagvm.models'),
     ('mmagvm.engine',),
     ('mmagvm.analysis',),
     ('mmagvm.planning', 'mmagvm.launch', 'mmagvm.checks'),

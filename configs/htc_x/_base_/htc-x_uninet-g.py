@@ -14,7 +14,6 @@ bbox_head = dict(
     type='TransformerBBoxHead',
     in_channels=channels,
     num_blocks=4,
-    num_heads=6,
     mlp_ratio=4,
     with_cp=True,
     num_classes=80,

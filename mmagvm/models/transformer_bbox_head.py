@@ -1,0 +1,229 @@
+"""A box head of transformer blocks, one branch per task."""
+
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from mmdet.registry import MODELS
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmagvm.recipes.registry import register
+
+
+@register(MODELS)
+class TransformerBBoxHead(BBoxHead):
+    """Classifies and locates a RoI by transformer blocks of its own each.
+
+    The RoI's H x W cells are the tokens. Each branch is ``num_blocks`` of
+    :class:`RoITransformerBlock`, the mean over the tokens and one linear
+    layer, ``fc_cls`` or ``fc_reg``. Losses and decoding are BBoxHead's.
+
+    Source: the detector of the AGVM paper, appendix A.5.2, which has "4
+    decoupled transformer blocks each" for both tasks. It says neither their
+    width, nor what ends them, nor whether cascade stages share them. That a
+    block is the backbone's, as wide as the RoI features, and that the mean
+    ends a branch is this project's choice. So is the initial value of linear
+    weights, a normal distribution of std 0.02, cut at two of it; the last
+    layers' is BBoxHead's. There is no dropout and no stochastic depth.
+
+    No RoI at all is no special case for data-parallel training: every
+    parameter then has a gradient, which is zero.
+
+    Args:
+        in_channels: Of the RoI features, and the width of all blocks.
+            Defaults to 256, as BBoxHead's.
+        num_blocks: In each branch. Defaults to 4.
+        head_dim: Channels of an attention head. Defaults to 64.
+        mlp_ratio: Hidden channels of an MLP, in ``in_channels``. Defaults
+            to 4.
+        layer_scale: Initial value of both gains of a block. Defaults to
+            0.1, which CaiT (Touvron et al., 2021) has for up to 18 blocks.
+            The backbone's 1e-6 is meant for its 54.
+        with_cp: Recompute blocks in the backward pass, for memory. Defaults
+            to False.
+        init_cfg: Instead of the initial values told above.
+        kwargs: Of BBoxHead, but for ``with_avg_pool``. ``roi_feat_size`` is
+            of no effect, as any size will do.
+
+    Raises:
+        ValueError: ``in_channels`` are not whole heads, or a number is too
+            small.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 256,
+        num_blocks: int = 4,
+        head_dim: int = 64,
+        mlp_ratio: float = 4,
+        layer_scale: float = 0.1,
+        with_cp: bool = False,
+        init_cfg: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, value in (
+            ('in_channels', in_channels),
+            ('num_blocks', num_blocks),
+            ('head_dim', head_dim),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f'{name}={value!r} of TransformerBBoxHead is not a whole '
+                    'number above 0: write one, such as 64'
+                )
+        if in_channels % head_dim:
+            raise ValueError(
+                f'head_dim={head_dim} of TransformerBBoxHead does not divide '
+                f'in_channels={in_channels}: write a divisor of it'
+            )
+        if int(in_channels * mlp_ratio) < 1:
+            raise ValueError(
+                f'mlp_ratio={mlp_ratio!r} of TransformerBBoxHead leaves no '
+                'hidden channel: write a number above 0, such as 4'
+            )
+        super().__init__(
+            # which makes the last layers as wide as a token
+            with_avg_pool=True,
+            in_channels=in_channels,
+            init_cfg=init_cfg,
+            **kwargs,
+        )
+        if init_cfg is None:
+            # before BBoxHead's, which then sets fc_cls and fc_reg
+            self.init_cfg.insert(
+                0, dict(type='TruncNormal', layer='Linear', std=0.02, bias=0)
+            )
+        self.with_cp = with_cp
+
+        def branch() -> nn.ModuleList:
+            return nn.ModuleList(
+                RoITransformerBlock(
+                    in_channels, head_dim, mlp_ratio, layer_scale
+                )
+                for _ in range(num_blocks)
+            )
+
+        if self.with_cls:
+            self.cls_blocks = branch()
+        if self.with_reg:
+            self.reg_blocks = branch()
+
+    def forward(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """Predict classes and boxes.
+
+        Args:
+            x: RoI features, (RoIs, ``in_channels``, H, W).
+
+        Returns:
+            Scores (RoIs, classes + 1), None without ``with_cls``, and deltas
+            (RoIs, 4 x classes, or 4 with ``reg_class_agnostic``), None
+            without ``with_reg``.
+        """
+        cls_score = bbox_pred = None
+        if self.with_cls:
+            cls_score = self.fc_cls(self._pooled(x, self.cls_blocks))
+        if self.with_reg:
+            bbox_pred = self.fc_reg(self._pooled(x, self.reg_blocks))
+        return cls_score, bbox_pred
+
+    def loss(
+        self,
+        cls_score: Optional[Tensor],
+        bbox_pred: Optional[Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Dict[str, Tensor]:
+        """BBoxHead's losses, of which ``loss_cls`` is never left out.
+
+        Args:
+            cls_score: As :meth:`forward` returns it.
+            bbox_pred: Likewise.
+            args: Of ``BBoxHead.loss``.
+            kwargs: Likewise.
+        """
+        losses: Dict[str, Tensor] = super().loss(
+            cls_score, bbox_pred, *args, **kwargs
+        )
+        if cls_score is not None and not len(cls_score):
+            # without it DDP would wait for the gradients of this branch
+            losses['loss_cls'] = cls_score.sum()
+        return losses
+
+    def _pooled(self, x: Tensor, blocks: nn.ModuleList) -> Tensor:
+        """(RoIs, C, H, W) through the blocks of a branch, to (RoIs, C)."""
+        for block in blocks:
+            if self.with_cp and torch.is_grad_enabled():
+                x = checkpoint(
+                    block,
+                    x,
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # nothing in it is random
+                )
+            else:
+                x = block(x)
+        return x.mean((2, 3))
+
+
+class RoITransformerBlock(nn.Module):
+    """The backbone's transformer block, over all cells of a RoI.
+
+    With g1 and g2 a gain per channel,
+
+        x <- x + dwconv3x3(x)
+        x <- x + g1 * attention(LN(x))
+        x <- x + g2 * MLP(LN(x))
+
+    Source: UniNet (Liu et al., 2022), as the authors of AGVM have it.
+
+    Args:
+        channels: Of the input and the output.
+        head_dim: Channels of an attention head, a divisor of ``channels``.
+        mlp_ratio: Hidden channels of the MLP, in ``channels``.
+        layer_scale: Initial value of g1 and g2.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        head_dim: int,
+        mlp_ratio: float,
+        layer_scale: float,
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        hidden = int(channels * mlp_ratio)
+        self.dwconv = nn.Conv2d(
+            channels, channels, 3, padding=1, groups=channels
+        )
+        self.norm1 = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+        self.gain1 = nn.Parameter(torch.full((channels,), float(layer_scale)))
+        self.norm2 = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels)
+        )
+        self.gain2 = nn.Parameter(torch.full((channels,), float(layer_scale)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(RoIs, C, H, W) to the same."""
+        size = x.shape[2:]
+        x = (x + self.dwconv(x)).flatten(2).transpose(1, 2)
+        x = x + self.gain1 * self._attention(self.norm1(x))
+        x = x + self.gain2 * self.mlp(self.norm2(x))
+        # a view: the next block has the tokens' channels last
+        output: Tensor = x.transpose(1, 2).unflatten(2, size)
+        return output
+
+    def _attention(self, x: Tensor) -> Tensor:
+        """(RoIs, tokens, C) to the same."""
+        rois, tokens, channels = x.shape
+        heads = channels // self.head_dim
+        qkv = self.qkv(x).view(rois, tokens, 3, heads, self.head_dim)
+        # each (RoIs, heads, tokens, channels of a head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        output: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return output
