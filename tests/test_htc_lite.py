@@ -14,10 +14,8 @@ from torch import nn
 
 from mmagvm.core import find_modules
 from mmagvm.models.htc_lite_roi_head import HTCLiteRoIHead
-from mmagvm.models.transformer_bbox_head import (
-    RoITransformerBlock,
-    TransformerBBoxHead,
-)
+from mmagvm.models.transformer_bbox_head import TransformerBBoxHead
+from mmagvm.models.transformer_block import TransformerBlock
 
 register_all_modules()
 
@@ -82,7 +80,7 @@ def slow_block(block, roi):
 
 def test_block_equals_its_equations():
     torch.manual_seed(0)
-    block = RoITransformerBlock(8, 4, 2, 0.1).double()
+    block = TransformerBlock(8, 4, 2, 0.1).double()
     for param in block.parameters():
         nn.init.normal_(param)
     rois = torch.randn(2, 8, 3, 2, dtype=torch.float64)

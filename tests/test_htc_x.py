@@ -1,12 +1,10 @@
-"""HTC-X: its configs at full size without memory, and a small one that trains."""
+"""HTC-X: its configs at full size, without memory, and a small one trains."""
 
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, run
+from commands import ROOT
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
@@ -54,9 +52,7 @@ def test_config_is_built_at_full_size(file):
     masks = {'roi_head.mask_head'} if 'mask' in file else set()
     assert modules == MODULES | masks
     assert ('shard' in file) == (cfg.get('runner_type') == 'FlexibleRunner')
-    assert ('agvm' in file) == (
-        cfg.optim_wrapper.type == 'AGVMOptimWrapper'
-    )
+    assert ('agvm' in file) == (cfg.optim_wrapper.type == 'AGVMOptimWrapper')
     count = sum(p.numel() for p in model.parameters())
     assert 1.19e9 < count < 1.23e9
 
@@ -89,9 +85,7 @@ def test_scales_are_the_papers():
     assert {long for long, _ in resize['scales']} == {1600}
     sides = [short for _, short in resize['scales']]
     assert (min(sides), max(sides)) == (400, 1200)
-    ious = [
-        stage.assigner.pos_iou_thr for stage in cfg.model.train_cfg.rcnn
-    ]
+    ious = [stage.assigner.pos_iou_thr for stage in cfg.model.train_cfg.rcnn]
     assert ious == [0.6, 0.7, 0.8]
     assert cfg.optim_wrapper.optimizer.lr == 1.5e-4
     assert cfg.optim_wrapper.begin == cfg.param_scheduler[0].end + 100

@@ -3,12 +3,12 @@
 from typing import Any, Dict, Optional, Tuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmagvm.models.transformer_block import TransformerBlock
 from mmagvm.recipes.registry import register
 
 
@@ -17,7 +17,7 @@ class TransformerBBoxHead(BBoxHead):
     """Classifies and locates a RoI by transformer blocks of its own each.
 
     The RoI's H x W cells are the tokens. Each branch is ``num_blocks`` of
-    :class:`RoITransformerBlock`, the mean over the tokens and one linear
+    :class:`TransformerBlock`, the mean over the tokens and one linear
     layer, ``fc_cls`` or ``fc_reg``. Losses and decoding are BBoxHead's.
 
     Source: the detector of the AGVM paper, appendix A.5.2, which has "4
@@ -99,9 +99,7 @@ class TransformerBBoxHead(BBoxHead):
 
         def branch() -> nn.ModuleList:
             return nn.ModuleList(
-                RoITransformerBlock(
-                    in_channels, head_dim, mlp_ratio, layer_scale
-                )
+                TransformerBlock(in_channels, head_dim, mlp_ratio, layer_scale)
                 for _ in range(num_blocks)
             )
 
@@ -164,66 +162,3 @@ class TransformerBBoxHead(BBoxHead):
             else:
                 x = block(x)
         return x.mean((2, 3))
-
-
-class RoITransformerBlock(nn.Module):
-    """The backbone's transformer block, over all cells of a RoI.
-
-    With g1 and g2 a gain per channel,
-
-        x <- x + dwconv3x3(x)
-        x <- x + g1 * attention(LN(x))
-        x <- x + g2 * MLP(LN(x))
-
-    Source: UniNet (Liu et al., 2022), as the authors of AGVM have it.
-
-    Args:
-        channels: Of the input and the output.
-        head_dim: Channels of an attention head, a divisor of ``channels``.
-        mlp_ratio: Hidden channels of the MLP, in ``channels``.
-        layer_scale: Initial value of g1 and g2.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        head_dim: int,
-        mlp_ratio: float,
-        layer_scale: float,
-    ) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        hidden = int(channels * mlp_ratio)
-        self.dwconv = nn.Conv2d(
-            channels, channels, 3, padding=1, groups=channels
-        )
-        self.norm1 = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
-        self.gain1 = nn.Parameter(torch.full((channels,), float(layer_scale)))
-        self.norm2 = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels)
-        )
-        self.gain2 = nn.Parameter(torch.full((channels,), float(layer_scale)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(RoIs, C, H, W) to the same."""
-        size = x.shape[2:]
-        x = (x + self.dwconv(x)).flatten(2).transpose(1, 2)
-        x = x + self.gain1 * self._attention(self.norm1(x))
-        x = x + self.gain2 * self.mlp(self.norm2(x))
-        # a view: the next block has the tokens' channels last
-        output: Tensor = x.transpose(1, 2).unflatten(2, size)
-        return output
-
-    def _attention(self, x: Tensor) -> Tensor:
-        """(RoIs, tokens, C) to the same."""
-        rois, tokens, channels = x.shape
-        heads = channels // self.head_dim
-        qkv = self.qkv(x).view(rois, tokens, 3, heads, self.head_dim)
-        # each (RoIs, heads, tokens, channels of a head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        output: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
-        return output
