@@ -84,7 +84,10 @@ class Conv3x3(nn.Module):
         # MMCV has no kernel for bfloat16, and half precision is too coarse
         # for positions in a large image
         with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = self.conv(padded.to(self.conv.weight.dtype))
+            # its kernels also want this layout
+            y: Tensor = self.conv(
+                padded.to(self.conv.weight.dtype).contiguous()
+            )
         height, width = -(-height // self.stride), -(-width // self.stride)
         return y[..., :height, :width].to(x.dtype).contiguous()
 
