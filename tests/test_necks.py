@@ -336,6 +336,23 @@ def test_deformable_without_offsets_is_plain(size, stride):
     torch.testing.assert_close(layer(x, plain=True), expected)
 
 
+def test_order_is_activation_convolution_norm():
+    layer = Conv3x3(3, 4, norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU'))
+    x = torch.randn(2, 3, 6, 5)
+    kept = x.clone()
+    expected = layer.norm(layer.conv(x.relu()))
+    torch.testing.assert_close(layer(x), expected)
+    assert torch.equal(x, kept)
+
+
+def test_layouts_that_mmcv_refuses():
+    neck = SEPC(8, 8, num_convs=2, act_cfg=None)
+    levels = pyramid(8, 8, 6, 3)
+    outs = neck([x.to(memory_format=torch.channels_last) for x in levels])
+    for got, expected in zip(outs, neck(levels)):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('name', ['DCN', 'DCNv2'])
 def test_offsets_are_used_and_padding_adds_nothing(name):
     layer = randomize(Conv3x3(3, 4, 1, dict(type=name)))

@@ -82,9 +82,13 @@ class Conv3x3(nn.Module):
             right, below = max(3 - width, 0), max(3 - height, 0)
             padded = functional.pad(x, (0, right, 0, below))
         # MMCV has no kernel for bfloat16, and half precision is too coarse
-        # for positions in a large image
+        # for positions in a large image: full precision is a choice of this
+        # project
         with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = self.conv(padded.to(self.conv.weight.dtype))
+            # its kernels also want this layout
+            y: Tensor = self.conv(
+                padded.to(self.conv.weight.dtype).contiguous()
+            )
         height, width = -(-height // self.stride), -(-width // self.stride)
         return y[..., :height, :width].to(x.dtype).contiguous()
 

@@ -148,7 +148,7 @@ class PConv(nn.Module):
             if place > 0:
                 # sizes differ where a level is not half of that before,
                 # rounded up: no source says what to do then
-                y = y + to_size(self.finer(levels[place - 1], plain), size)
+                y = y + to_size(self.finer(levels[place - 1]), size)
             if place + 1 < len(levels):
                 coarser = self.coarser(levels[place + 1], plain)
                 y = y + to_size(coarser, size, align_corners=True)
