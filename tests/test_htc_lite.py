@@ -47,15 +47,15 @@ def slow_block(block, roi):
         std = (centred.square().mean() + norm.eps).sqrt()
         return norm.weight * centred / std + norm.bias
 
-    qkv = [block.qkv(normed(block.norm1, token)) for token in tokens]
+    qkv = [block.attention.qkv(normed(block.norm1, token)) for token in tokens]
     attended = []
     for own in qkv:
         heads = []
-        for first in range(0, channels, block.head_dim):
+        for first in range(0, channels, block.attention.head_dim):
             query, key, value = (
                 slice(part * channels + first, None) for part in range(3)
             )
-            size = block.head_dim
+            size = block.attention.head_dim
             scores = torch.stack(
                 [
                     own[query][:size] @ other[key][:size] / math.sqrt(size)
@@ -66,7 +66,7 @@ def slow_block(block, roi):
             heads.append(
                 sum(s * other[value][:size] for s, other in zip(shares, qkv))
             )
-        attended.append(block.proj(torch.cat(heads)))
+        attended.append(block.attention.proj(torch.cat(heads)))
     results = []
     for token, change in zip(tokens, attended):
         token = token + block.gain1 * change
@@ -116,7 +116,9 @@ def test_parameters_of_htc_x():
     total = sum(p.numel() for stage in stages for p in stage.parameters())
     # class-wise boxes, of 80 classes
     assert total - blocks == 3 * (384 + 1) * (81 + 4 * 80)
-    (heads,) = {384 // block.head_dim for block in stages[0].cls_blocks}
+    (heads,) = {
+        384 // block.attention.head_dim for block in stages[0].cls_blocks
+    }
     assert heads == 6
 
 
@@ -174,8 +176,8 @@ def test_initial_values():
     head = MODELS.build({**bbox_head(), 'in_channels': 128})
     head.init_weights()
     block = head.cls_blocks[0]
-    assert 0.015 < block.qkv.weight.std() < 0.02
-    assert not block.qkv.bias.any()
+    assert 0.015 < block.attention.qkv.weight.std() < 0.02
+    assert not block.attention.qkv.bias.any()
     assert (block.gain1 == 0.1).all() and (block.gain2 == 0.1).all()
     assert 0.008 < head.fc_cls.weight.std() < 0.012
     assert 0.0008 < head.fc_reg.weight.std() < 0.0012

@@ -1,10 +1,12 @@
 """HTC-X: its configs at full size, without memory, and a small one trains."""
 
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT
+from commands import ROOT, run
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
@@ -100,3 +102,123 @@ def test_pre_training_is_built():
     cfg = Config.fromfile(FOLDER / 'uninet-g_640xb8-150e_in22k.py')
     with torch.device('meta'):
         MODELS.build(cfg.model)
+
+
+# -- a small one, of the same parts
+
+
+def small_cfg(digits, work_dir, **changes):
+    """Some 2 million parameters, on digits with boxes and masks."""
+    cfg = Config.fromfile(
+        FOLDER / 'htc-x-mask_uninet-g_480xb2-agvm-adamw-11e_coco.py'
+    )
+    channels, norm = 32, dict(type='BN')
+    model = cfg.model
+    model.data_preprocessor.update(
+        mean=[127.0] * 3, std=[64.0] * 3, pad_size_divisor=32
+    )
+    stages = [
+        dict(block='fused_mbconv', expansion=1, channels=16, depth=1),
+        dict(
+            block='fused_mbconv', expansion=2, channels=24, depth=2, stride=2
+        ),
+        dict(
+            block='fused_mbconv', expansion=2, channels=32, depth=2, stride=2
+        ),
+        dict(
+            block='transformer',
+            expansion=2,
+            channels=64,
+            depth=3,
+            stride=2,
+            windows=(4, 4, None),
+        ),
+    ]
+    model.backbone.update(
+        arch=stages,
+        out_indices=(1, 2, 3),
+        stem_channels=16,
+        head_dim=8,
+        norm_cfg=norm,
+        layer_scale=0.1,
+        drop_path_rate=0.05,
+    )
+    rcnet, sepc = model.neck
+    rcnet.update(
+        in_channels=[24, 32, 64],
+        out_channels=channels,
+        num_outs=4,
+        norm_cfg=norm,
+    )
+    sepc.update(
+        in_channels=channels, out_channels=channels, num_convs=1, norm_cfg=norm
+    )
+    model.rpn_head.update(in_channels=channels, feat_channels=channels)
+    model.rpn_head.anchor_generator.update(
+        scales=[4], ratios=[1.3], strides=[4, 8, 16, 32]
+    )
+    roi_head = model.roi_head
+    for name in ('bbox_roi_extractor', 'mask_roi_extractor'):
+        roi_head[name].update(
+            out_channels=channels, featmap_strides=[4, 8], finest_scale=24
+        )
+        roi_head[name].roi_layer.sampling_ratio = 1
+    for head in roi_head.bbox_head:
+        head.update(
+            in_channels=channels, num_blocks=1, head_dim=8, num_classes=10
+        )
+    roi_head.glbctx_head.update(
+        in_channels=channels, conv_out_channels=channels, num_classes=10
+    )
+    roi_head.mask_head.update(
+        in_channels=channels, conv_out_channels=16, num_convs=1, num_classes=10
+    )
+    model.train_cfg.rpn_proposal.update(nms_pre=100, max_per_img=50)
+    for stage in model.train_cfg.rcnn:
+        stage.sampler.num = 32
+    model.test_cfg.rpn.update(nms_pre=100, max_per_img=50)
+    model.test_cfg.rcnn.max_per_img = 20
+    pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+        dict(type='PackDetInputs'),
+    ]
+    for split, batch in (('train', 8), ('val', 16)):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(
+            batch_size=batch, num_workers=0, persistent_workers=False
+        )
+        loader.pop('batch_sampler', None)
+        loader.dataset.update(
+            data_root=f'{digits}/',
+            metainfo=dict(classes=tuple('0123456789')),
+            ann_file=f'annotations/{split}.json',
+            data_prefix=dict(img=f'{split}/'),
+            pipeline=pipeline,
+        )
+    cfg.val_evaluator.ann_file = f'{digits}/annotations/val.json'
+    cfg.test_dataloader, cfg.test_evaluator = (
+        cfg.val_dataloader,
+        cfg.val_evaluator,
+    )
+    cfg.load_from = None
+    cfg.train_cfg.update(max_epochs=6, val_interval=6)
+    cfg.param_scheduler[0].end = 30
+    cfg.param_scheduler[1].update(milestones=[5], end=6)
+    cfg.optim_wrapper.optimizer.lr = 2e-3
+    cfg.optim_wrapper.update(begin=30, interval=10)
+    cfg.randomness = dict(seed=0)
+    cfg.update(changes)
+    path = Path(f'{work_dir}.py')
+    cfg.dump(path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'digits'
+    run(
+        *(sys.executable, 'tools/dataset_converters/digits2coco.py', folder),
+        *('--train', 400, '--val', 40),
+    )
+    return folder

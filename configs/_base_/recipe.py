@@ -2,8 +2,8 @@
 _base_ = './mmagvm.py'
 # the shape of warm-up is not in the paper: mmdet's; each config sets the end
 warmup = dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0)
-# the backbone's norm layers in the official code
-sync_bn = dict(
+# the backbone's norm layers in the official code (Runner reads `sync_bn`)
+synchronized = dict(
     norm_cfg=dict(type='SyncBN', requires_grad=True), norm_eval=False
 )
 # images per GPU in the official code

@@ -1,6 +1,7 @@
 """Which modules of a model are gathered at a time when it is in shards."""
 
 import re
+from collections import Counter
 from typing import Dict, List, Optional, Sequence
 
 from torch import nn
@@ -18,7 +19,7 @@ def find_units(
         model: Not sharded yet.
         patterns: Regular expressions that match a whole name. None for the
             repeated blocks of backbones, encoders and decoders: children of
-            one class, each of several layers, of a list or a sequence.
+            a list or a sequence, each of several layers, two of one class.
 
     Raises:
         ValueError: A pattern matches no module with parameters, or there are
@@ -66,7 +67,9 @@ def repeated_blocks(modules: Dict[str, nn.Module]) -> List[str]:
             for key, child in module.named_children()
             if f'{name}.{key}' in modules and _is_block(child)
         ]
-        if len(blocks) > 1 and len({type(modules[b]) for b in blocks}) == 1:
+        # the first one may be another, as it changes channels
+        kinds = Counter(type(modules[block]) for block in blocks)
+        if any(count > 1 for count in kinds.values()):
             found += blocks
     return [
         name

@@ -8,7 +8,7 @@ custom_imports = dict(
     imports=['mmagvm', 'mmagvm.models'], allow_failed_imports=False
 )
 channels = 384
-sync_bn = dict(type='SyncBN', requires_grad=True)
+synchronized = dict(type='SyncBN', requires_grad=True)
 # 4 blocks for the class and 4 for the box; heads, ratio and pooling: own
 bbox_head = dict(
     type='TransformerBBoxHead',
@@ -43,7 +43,7 @@ model = dict(
         type='UniNet',
         arch='G',
         drop_path_rate=0.3,
-        norm_cfg=sync_bn,
+        norm_cfg=synchronized,
         with_cp=True,
     ),
     neck=[
@@ -53,13 +53,13 @@ model = dict(
             in_channels=[384, 576, 1152],
             out_channels=channels,
             num_outs=6,
-            norm_cfg=sync_bn,
+            norm_cfg=synchronized,
         ),
         dict(
             type='SEPC',
             in_channels=channels,
             out_channels=channels,
-            norm_cfg=sync_bn,
+            norm_cfg=synchronized,
         ),
     ],
     rpn_head=dict(

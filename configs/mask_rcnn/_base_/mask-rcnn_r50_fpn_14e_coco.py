@@ -4,7 +4,7 @@ _base_ = [
     'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
     '../../_base_/recipe.py',
 ]
-model = dict(backbone=_base_.sync_bn)
+model = dict(backbone=_base_.synchronized)
 train_dataloader = _base_.train_dataloader_16
 # 14 epochs by the project page's iterations; when to decay is not in the paper
 decay = dict(

@@ -4,7 +4,7 @@ _base_ = [
     'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
     '../../_base_/recipe.py',
 ]
-model = dict(backbone=_base_.sync_bn)
+model = dict(backbone=_base_.synchronized)
 train_dataloader = _base_.train_dataloader_16
 # 14 epochs are read off the paper's plots; when to decay is not in it
 decay = dict(

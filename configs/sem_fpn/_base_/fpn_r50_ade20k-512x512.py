@@ -4,7 +4,7 @@ _base_ = [
     '../../_base_/recipe.py',
 ]
 default_scope = 'mmseg'
-model = dict(backbone=_base_.sync_bn)
+model = dict(backbone=_base_.synchronized)
 train_dataloader = _base_.train_dataloader_16
 optim_wrapper = dict(optimizer=dict(weight_decay=5e-4))
 # beside warm-up, not after it: the paper's formula counts from iteration 0
