@@ -141,17 +141,24 @@ def small_cfg(digits, work_dir, **changes):
         head_dim=8,
         norm_cfg=norm,
         layer_scale=0.1,
-        drop_path_rate=0.05,
+        drop_path_rate=0.0,
+        with_cp=False,
     )
     rcnet, sepc = model.neck
     rcnet.update(
         in_channels=[24, 32, 64],
         out_channels=channels,
         num_outs=4,
+        num_stages=1,
         norm_cfg=norm,
+        conv_cfg=None,  # deformable ones take their time on a CPU
     )
     sepc.update(
-        in_channels=channels, out_channels=channels, num_convs=1, norm_cfg=norm
+        in_channels=channels,
+        out_channels=channels,
+        num_convs=1,
+        norm_cfg=norm,
+        conv_cfg=None,
     )
     model.rpn_head.update(in_channels=channels, feat_channels=channels)
     model.rpn_head.anchor_generator.update(
@@ -165,7 +172,11 @@ def small_cfg(digits, work_dir, **changes):
         roi_head[name].roi_layer.sampling_ratio = 1
     for head in roi_head.bbox_head:
         head.update(
-            in_channels=channels, num_blocks=1, head_dim=8, num_classes=10
+            in_channels=channels,
+            num_blocks=1,
+            head_dim=8,
+            num_classes=10,
+            with_cp=False,
         )
     roi_head.glbctx_head.update(
         in_channels=channels, conv_out_channels=channels, num_classes=10
@@ -180,6 +191,7 @@ def small_cfg(digits, work_dir, **changes):
     model.test_cfg.rcnn.max_per_img = 20
     pipeline = [
         dict(type='LoadImageFromFile'),
+        dict(type='Resize', scale=(96, 96), keep_ratio=True),
         dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
         dict(type='PackDetInputs'),
     ]
@@ -202,10 +214,11 @@ def small_cfg(digits, work_dir, **changes):
         cfg.val_evaluator,
     )
     cfg.load_from = None
-    cfg.train_cfg.update(max_epochs=6, val_interval=6)
+    cfg.train_cfg.update(max_epochs=10, val_interval=10)
     cfg.param_scheduler[0].end = 30
-    cfg.param_scheduler[1].update(milestones=[5], end=6)
-    cfg.optim_wrapper.optimizer.lr = 2e-3
+    cfg.param_scheduler[1].update(milestones=[8], end=10)
+    cfg.optim_wrapper.optimizer.lr = 4e-3
+    cfg.optim_wrapper.clip_grad.max_norm = 10
     cfg.optim_wrapper.update(begin=30, interval=10)
     cfg.randomness = dict(seed=0)
     cfg.update(changes)

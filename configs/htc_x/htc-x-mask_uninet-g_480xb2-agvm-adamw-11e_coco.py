@@ -25,6 +25,7 @@ model = dict(
             dict(stage, mask_size=28) for stage in _base_.model.train_cfg.rcnn
         ]
     ),
+    test_cfg=dict(rcnn=dict(mask_thr_binary=0.5)),
 )
 # masks, which the base's pipeline leaves out
 train_pipeline = [

@@ -20,13 +20,13 @@ class TransformerBBoxHead(BBoxHead):
     :class:`TransformerBlock`, the mean over the tokens and one linear
     layer, ``fc_cls`` or ``fc_reg``. Losses and decoding are BBoxHead's.
 
-    Source: the detector of the AGVM paper, appendix A.5.2, which has "4
-    decoupled transformer blocks each" for both tasks. It says neither their
+    Source: the detector of the AGVM paper, appendix A.5.2, which has
+    4 decoupled transformer blocks for either task. It says neither their
     width, nor what ends them, nor whether cascade stages share them. That a
     block is the backbone's, as wide as the RoI features, and that the mean
-    ends a branch is this project's choice. So is the initial value of linear
-    weights, a normal distribution of std 0.02, cut at two of it; the last
-    layers' is BBoxHead's. There is no dropout and no stochastic depth.
+    ends a branch is this project's choice. So are the initial values of
+    linear layers: weights of std 0.02, biases 0. Those of the last layers
+    are BBoxHead's. There is no dropout and no stochastic depth.
 
     No RoI at all is no special case for data-parallel training: every
     parameter then has a gradient, which is zero.
@@ -93,7 +93,7 @@ class TransformerBBoxHead(BBoxHead):
         if init_cfg is None:
             # before BBoxHead's, which then sets fc_cls and fc_reg
             self.init_cfg.insert(
-                0, dict(type='TruncNormal', layer='Linear', std=0.02, bias=0)
+                0, dict(type='Normal', layer='Linear', std=0.02, bias=0)
             )
         self.with_cp = with_cp
 

@@ -53,7 +53,9 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(count, tokens, 3, heads, self.head_dim)
         # each (N, heads, tokens, channels of a head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        # no RoI: a fused kernel need not take an empty batch, and v suffices
+        # to give all of qkv a gradient
+        mixed = F.scaled_dot_product_attention(q, k, v) if count else v
         return mixed.transpose(1, 2).flatten(2)
 
 
