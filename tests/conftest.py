@@ -17,7 +17,8 @@ torch.set_num_threads(1)
 #: Files whose tests start many processes or train real models, longest first.
 SLOW = (
     *('tools', 'study', 'faults', 'recipes_train', 'ranks', 'benchmarks'),
-    *('sharded_commands', 'fully_shard_strategy', 'shards', 'check_setup'),
+    *('sharded_commands', 'htc_x', 'fully_shard_strategy', 'shards'),
+    'check_setup',
     'every_optimizer',
     *('example', 'slurm', 'nodes', 'packaging', 'models', 'configs'),
 )

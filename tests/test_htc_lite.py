@@ -15,7 +15,7 @@ from torch import nn
 from mmagvm.core import find_modules
 from mmagvm.models.htc_lite_roi_head import HTCLiteRoIHead
 from mmagvm.models.transformer_bbox_head import TransformerBBoxHead
-from mmagvm.models.transformer_block import TransformerBlock
+from mmagvm.models.uninet_blocks import TransformerBlock
 
 # with both package sets
 pytestmark = pytest.mark.host
@@ -40,9 +40,9 @@ def slow_block(block, roi):
             for dy in (-1, 0, 1):
                 for dx in (-1, 0, 1):
                     if 0 <= y + dy < height and 0 <= x + dx < width:
-                        weight = block.dwconv.weight[:, 0, dy + 1, dx + 1]
+                        weight = block.position.weight[:, 0, dy + 1, dx + 1]
                         convolved[:, y, x] += weight * roi[:, y + dy, x + dx]
-            convolved[:, y, x] += block.dwconv.bias
+            convolved[:, y, x] += block.position.bias
     tokens = [convolved[:, y, x] for y in range(height) for x in range(width)]
 
     def normed(norm, token):
@@ -50,7 +50,10 @@ def slow_block(block, roi):
         std = (centred.square().mean() + norm.eps).sqrt()
         return norm.weight * centred / std + norm.bias
 
-    qkv = [block.attention.qkv(normed(block.norm1, token)) for token in tokens]
+    qkv = [
+        block.attention.qkv(normed(block.attention_norm, token))
+        for token in tokens
+    ]
     attended = []
     for own in qkv:
         heads = []
@@ -69,21 +72,21 @@ def slow_block(block, roi):
             heads.append(
                 sum(s * other[value][:size] for s, other in zip(shares, qkv))
             )
-        attended.append(block.attention.proj(torch.cat(heads)))
+        attended.append(block.attention.out(torch.cat(heads)))
     results = []
     for token, change in zip(tokens, attended):
-        token = token + block.gain1 * change
+        token = token + block.attention_scale * change
         first, _, last = block.mlp
-        hidden = first(normed(block.norm2, token))
+        hidden = first(normed(block.mlp_norm, token))
         # GELU: x times the normal distribution's probability of less
         hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
-        results.append(token + block.gain2 * last(hidden))
+        results.append(token + block.mlp_scale * last(hidden))
     return torch.stack(results, 1).view(channels, height, width)
 
 
 def test_block_equals_its_equations():
     torch.manual_seed(0)
-    block = TransformerBlock(8, 4, 2, 0.1).double()
+    block = TransformerBlock(8, 8, 2, head_dim=4, layer_scale=0.1).double()
     for param in block.parameters():
         nn.init.normal_(param)
     rois = torch.randn(2, 8, 3, 2, dtype=torch.float64)
@@ -184,7 +187,9 @@ def test_initial_values():
     block = head.cls_blocks[0]
     assert 0.018 < block.attention.qkv.weight.std() < 0.022
     assert not block.attention.qkv.bias.any()
-    assert (block.gain1 == 0.1).all() and (block.gain2 == 0.1).all()
+    assert (block.attention_scale == 0.1).all() and (
+        block.mlp_scale == 0.1
+    ).all()
     assert 0.008 < head.fc_cls.weight.std() < 0.012
     assert 0.0008 < head.fc_reg.weight.std() < 0.0012
 

@@ -1,5 +1,6 @@
 """HTC-X: its configs at full size, without memory, and a small one trains."""
 
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -131,13 +132,12 @@ def small_cfg(digits, work_dir, **changes):
             channels=64,
             depth=3,
             stride=2,
-            windows=(4, 4, None),
+            windows=(4, 4, 0),
         ),
     ]
     model.backbone.update(
-        arch=stages,
+        arch=dict(stem=16, stages=stages),
         out_indices=(1, 2, 3),
-        stem_channels=16,
         head_dim=8,
         norm_cfg=norm,
         layer_scale=0.1,
@@ -235,3 +235,25 @@ def digits(tmp_path_factory):
         *('--train', 400, '--val', 40),
     )
     return folder
+
+
+@pytest.mark.host
+def test_small_one_trains_on_two_ranks(digits, tmp_path):
+    """Every module is measured and modulated; boxes and masks are learnt."""
+    work_dir = tmp_path / 'small'
+    run(
+        *('bash', 'tools/dist_train.sh', small_cfg(digits, work_dir), 2),
+        *('--work-dir', work_dir),
+    )
+    text = next(work_dir.glob('*/vis_data/scalars.json')).read_text()
+    logged = [json.loads(line) for line in text.splitlines()]
+    losses = [line['loss'] for line in logged if 'loss' in line]
+    assert losses[-1] < 0.6 * losses[0]
+    (evaluated,) = [line for line in logged if 'coco/bbox_mAP' in line]
+    assert evaluated['coco/bbox_mAP'] > 0.03
+    assert evaluated['coco/segm_mAP'] > 0.01
+    last = [line for line in logged if 'loss' in line][-1]
+    for module in MODULES | {'roi_head.mask_head'}:
+        assert 0 < last[f'agvm_variance/{module}'] <= 2
+        scale = last[f'agvm_lr_scale/{module}']
+        assert (scale == 1) == (module == 'backbone')

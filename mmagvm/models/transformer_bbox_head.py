@@ -8,7 +8,7 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmagvm.models.transformer_block import TransformerBlock
+from mmagvm.models.uninet_blocks import TransformerBlock
 from mmagvm.recipes.registry import register
 
 
@@ -57,7 +57,7 @@ class TransformerBBoxHead(BBoxHead):
         in_channels: int = 256,
         num_blocks: int = 4,
         head_dim: int = 64,
-        mlp_ratio: float = 4,
+        mlp_ratio: int = 4,
         layer_scale: float = 0.1,
         with_cp: bool = False,
         init_cfg: Any = None,
@@ -99,7 +99,13 @@ class TransformerBBoxHead(BBoxHead):
 
         def branch() -> nn.ModuleList:
             return nn.ModuleList(
-                TransformerBlock(in_channels, head_dim, mlp_ratio, layer_scale)
+                TransformerBlock(
+                    in_channels,
+                    in_channels,
+                    mlp_ratio,
+                    head_dim=head_dim,
+                    layer_scale=layer_scale,
+                )
                 for _ in range(num_blocks)
             )
 

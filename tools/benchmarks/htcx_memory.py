@@ -36,7 +36,7 @@ BYTES = 16
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--depth', type=int, default=3, help='of a stage')
-    parser.add_argument('--image-size', type=int, default=256)
+    parser.add_argument('--image-size', type=int, default=512)
     parser.add_argument(
         '--markdown', type=Path, help='page to write the table into'
     )
@@ -56,9 +56,13 @@ def parameters(model: BaseModel) -> Dict[str, int]:
 def shortened(cfg: Any, depth: int) -> Any:
     """The model's config with fewer blocks, to suit a CPU."""
     cfg = copy.deepcopy(cfg)
-    cfg.backbone.arch = [
-        dict(stage, depth=min(depth, stage['depth'])) for stage in ARCHS['G']
-    ]
+    cfg.backbone.arch = dict(
+        ARCHS['G'],
+        stages=[
+            dict(stage, depth=min(depth, stage['depth']))
+            for stage in ARCHS['G']['stages']
+        ],
+    )
     batch_norm = dict(type='BN')  # SyncBN needs a GPU
     for part in (cfg.backbone, *cfg.neck):
         part.norm_cfg = batch_norm
