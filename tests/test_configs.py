@@ -448,6 +448,8 @@ def test_config_is_built(case):
     if OPTIMIZERS.get(case.optimizer['type']) is None:
         pytest.skip(f'{case.optimizer["type"]} is not registered')
     cfg = case.cfg
+    # which the Runner would read, on several ranks only
+    assert 'sync_bn' not in cfg
     model = build_once(MODELS, cfg.model)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     modules = [m for m in MODULES[case.model] if case.fpn or m != 'neck']

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import load_checkpoint, run
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
@@ -221,6 +222,24 @@ def test_recipe_trains(file, digits, tmp_path):
         modulator = runner.optim_wrapper.modulator
         assert modulator.measured == len(watch.values) // 4 - 1
         assert all(0 < phi <= 2 for phi in modulator.variance.values())
+
+
+def test_recipe_trains_on_two_ranks(digits, tmp_path):
+    """By the whole command, where the Runner reads more settings."""
+    cfg = small_cfg(
+        'faster_rcnn/faster-rcnn_r50_fpn_2xb16-agvm-16e_coco.py',
+        digits,
+        tmp_path / 'run',
+    )
+    cfg.model.backbone.norm_cfg = dict(type='BN')  # SyncBN needs a GPU
+    cfg.optim_wrapper.accumulative_counts = 1
+    cfg.train_cfg.max_epochs = 1
+    cfg.pop('experiment_name')
+    cfg.dump(tmp_path / 'config.py')
+    output = run('bash', 'tools/dist_train.sh', tmp_path / 'config.py', 2)
+    assert 'Saving checkpoint at 1 epochs' in output
+    state = load_checkpoint(tmp_path / 'run/epoch_1.pth')
+    assert state['optimizer']['agvm']['measured'] > 0
 
 
 def test_panoptic_segments_are_read_as_they_were_drawn(digits):
