@@ -1,6 +1,7 @@
 """Runs a function on several gloo ranks, which meet over a file."""
 
 import datetime
+import gc
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, List, Tuple
@@ -46,4 +47,7 @@ def _run_rank(
         result = function(rank, world_size, *args)
         torch.save(result, Path(folder) / f'{rank}.pth')
     finally:
+        # models refer to themselves, and one that is left with its group
+        # until Python ends may abort it
+        gc.collect()
         dist.destroy_process_group()

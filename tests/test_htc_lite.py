@@ -9,6 +9,7 @@ from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
+from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from torch import nn
 
@@ -21,6 +22,13 @@ from mmagvm.models.uninet_blocks import TransformerBlock
 pytestmark = pytest.mark.host
 
 register_all_modules()
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    """Other files, of the same process, may have left another one."""
+    init_default_scope('mmdet')
+
 
 CHANNELS = 16
 CLASSES = 4

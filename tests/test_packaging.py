@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zipfile
 from email.parser import Parser
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -105,5 +106,7 @@ def test_installed_configs_find_their_bases(wheel, tmp_path):
         if '_base_' not in path.parts
     ]
     assert paths
+    if find_spec('mmpretrain') is None:  # whose base one has
+        paths = [path for path in paths if 'in22k' not in path.name]
     for path in paths:
         assert 'model' in Config.fromfile(path)
