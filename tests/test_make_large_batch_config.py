@@ -331,8 +331,8 @@ train_dataloader = dict(dataset=dict(
         ('AdamW', 1.2e-3, 0.05, True),
         ('LAMB', 5e-3, 0.05, False),
         ('LARS', 0.32, 1e-4, False),
-        ('SOAP', 1.132e-3, 0.05, False),
-        ('Muon', 1.132e-3, 0.05, False),
+        ('SOAP', 1.13e-3, 0.05, False),
+        ('Muon', 1.13e-3, 0.05, False),
     ],
 )
 def test_optimizer_is_changed(make, optimizer, lr, decay, paper):
