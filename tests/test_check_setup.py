@@ -29,8 +29,6 @@ from mmagvm.checks.running import run_checks, run_one
 from mmagvm.core import AGVM
 from mmagvm.core.modulator import Modulator
 
-pytestmark = pytest.mark.host
-
 
 def on_ranks(rank, world_size, folder, port):
     """What both ranks find in each case, where rank 1 is broken."""
@@ -249,6 +247,7 @@ def test_error_of_a_check_is_a_failure_and_the_next_one_runs():
     assert 'test_check_setup.py' in results[0].traceback
 
 
+@pytest.mark.host
 def test_command_passes_here(tmp_path):
     output = run('python', 'tools/check_setup.py', '--work-dir', tmp_path)
     file = tmp_path / 'check_setup.json'

@@ -20,8 +20,6 @@ from mmagvm.engine.fully_shard_strategy import (
 from mmagvm.engine.shard_units import find_units
 from mmagvm.launch.runner import build_runner
 
-pytestmark = pytest.mark.host
-
 CLIP = dict(clip_grad=dict(max_norm=0.5))
 PLAIN = dict(
     type='OptimWrapper', optimizer=dict(type='SGD', lr=0.05, momentum=0.9)
@@ -43,6 +41,10 @@ PAIRS = {
     'checkpointed': (CHECKPOINTED, dict()),
     'one unit less': (dict(units=['neck']), dict()),
 }
+
+
+def load(path):
+    return torch.load(path, weights_only=True)  # as what is in it is safe
 
 
 def run(rank, folder, name, **settings):
@@ -96,7 +98,7 @@ def on_ranks(rank, world_size, folder):
     with pytest.raises(ValueError, match="has 'bone', which is the name of"):
         run(rank, folder, 'unit', units='bone')
     if rank == 0:
-        other = torch.load(folder / 'SGD/epoch_1.pth', weights_only=True)
+        other = load(folder / 'SGD/epoch_1.pth')
         other['state_dict']['rpn_head.weight'] = torch.ones(4, 5)
         torch.save(other, folder / 'other.pth')
     dist.barrier()
@@ -115,11 +117,6 @@ def runs(tmp_path_factory):
     assert not any(first) and all(second)  # only rank 0 keeps whole tensors
     run_ranks(4, on_ranks, folder)
     return folder
-
-
-def load(path):
-    # as tools do: what is in it is safe
-    return torch.load(path, weights_only=True)
 
 
 def scalars(folder):

@@ -237,7 +237,6 @@ def digits(tmp_path_factory):
     return folder
 
 
-@pytest.mark.host
 def test_small_one_trains_on_two_ranks(digits, tmp_path):
     """Every module is measured and modulated; boxes and masks are learnt."""
     work_dir = tmp_path / 'small'

@@ -9,8 +9,6 @@ from commands import ROOT, assert_equal, load_checkpoint, run
 from mmengine.config import Config
 from test_recipes_train import small_cfg
 
-pytestmark = pytest.mark.host
-
 QUICKSTART = 'configs/quickstart/faster-rcnn_r18_fpn_2xb8-agvm-4e_digits.py'
 SHARDED = dict(
     runner_type='FlexibleRunner', strategy=dict(type='FullyShardStrategy')
@@ -112,6 +110,7 @@ def test_detector_is_killed_resumed_and_evaluated(tmp_path, digits):
                     assert mine[key] == pytest.approx(its[key], rel=1e-3), key
 
 
+@pytest.mark.host
 def test_segmenter_trains_and_resumes(tmp_path, digits):
     cfg = small_cfg(
         'sem_fpn/fpn_r50_2xb16-agvm-160k_ade20k-512x512.py', digits, tmp_path
