@@ -114,8 +114,10 @@ class FullyShardStrategy(DDPStrategy):
                 'launch with tools/dist_train.sh CONFIG GPUS, or remove '
                 'strategy and runner_type'
             )
+        begins = not self._prepared  # else it evaluates what it has trained
         components = super().prepare(model, **kwargs)
-        self._start_counting(0)
+        if begins:
+            self._start_counting(0)
         return components
 
     def _start_counting(self, iteration: int) -> None:

@@ -144,4 +144,3 @@ optim_wrapper = dict(
     ),
     clip_grad=dict(max_norm=1.0, norm_type=2),
 )
-find_unused_parameters = False

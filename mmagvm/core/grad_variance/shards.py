@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmagvm.core.functional import squared_norms, sum_type
 
-from .base import GradVariance
+from .base import GradVariance, slices
 from .pairs import Pairs
 from .parts import is_sharded, local_part
 from .ranks import read_here
@@ -308,18 +308,24 @@ class SplitShards(Split, ShardVariance):
                 if param.grad is not None and param not in signed:
                     signed[param] = torch.zeros_like(local_part(param))
         if self.replica_group is not None:
-            works = [
-                dist.all_reduce(
-                    signed[param], group=self.replica_group, async_op=True
-                )
-                for group in self.measured_groups()
-                for param in group['params']
-                if param in signed
-            ]
-            for work in works:
-                work.wait()
-            torch._foreach_div_(list(signed.values()), self.replicas)
+            self._average_replicas(signed)
         return signed
+
+    def _average_replicas(self, signed: Dict[Tensor, Tensor]) -> None:
+        """Replace D of each shard by its mean over the replicas."""
+        params = [
+            param
+            for group in self.measured_groups()
+            for param in group['params']
+            if param in signed
+        ]
+        for cut in slices(params):
+            flat = torch.cat([signed[param].flatten() for param in cut])
+            dist.all_reduce(flat, group=self.replica_group)
+            flat /= self.replicas
+            sizes = [signed[param].numel() for param in cut]
+            for param, part in zip(cut, flat.split(sizes)):
+                signed[param] = part.view(signed[param].shape)
 
     def shared(self, norms: Tensor) -> Tensor:
         if not self.tells:
