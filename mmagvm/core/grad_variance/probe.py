@@ -10,6 +10,7 @@ own, and its state and its steps tell.
 import copy
 import inspect
 import random
+import sys
 import warnings
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
@@ -123,6 +124,8 @@ def _probe(optimizer: torch.optim.Optimizer) -> Traits:
 def _leaving_no_trace() -> Iterator[None]:
     """Nothing random, and nothing said, counts outside."""
     state = random.getstate()
+    numpy = sys.modules.get('numpy')  # who has not imported it draws nothing
+    numpy_state = numpy.random.get_state() if numpy else None
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -130,6 +133,8 @@ def _leaving_no_trace() -> Iterator[None]:
                 yield
     finally:
         random.setstate(state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
 
 
 def _options(optimizer: torch.optim.Optimizer) -> List[Dict[str, Any]]:
