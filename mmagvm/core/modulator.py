@@ -84,15 +84,7 @@ class Modulator:
             )
             return
         phis = measurement.variance
-        scales = modulate(
-            torch.tensor(list(self.lr_scale.values()), dtype=torch.float64),
-            phis,
-            self.modules.index(self.anchor),
-            self.ema_decay,
-            self.eps,
-            self.ratio_range,
-        )
-        self.lr_scale = dict(zip(self.modules, scales.tolist()))
+        self.lr_scale = self.follow(measurement)
         for module, phi in zip(self.modules, phis):
             if not phi.isnan():
                 self.variance[module] = phi.item()
@@ -101,6 +93,18 @@ class Modulator:
         self.measured += not phis[self.modules.index(self.anchor)].isnan()
         self.history.append((update, phis.tolist()))
         del self.history[:-HISTORY_LENGTH]
+
+    def follow(self, measurement: Measurement) -> Dict[str, float]:
+        """The new multipliers by module, Eq. 41 and 42."""
+        scales = modulate(
+            torch.tensor(list(self.lr_scale.values()), dtype=torch.float64),
+            measurement.variance,
+            self.modules.index(self.anchor),
+            self.ema_decay,
+            self.eps,
+            self.ratio_range,
+        )
+        return dict(zip(self.modules, scales.tolist()))
 
     def _average(
         self, averages: Dict[str, float], phis: Tensor, new: Optional[Tensor]

@@ -217,6 +217,23 @@ methods.update(
     agvm_muon=dict(optimizer=muon, modulate=True, rates=matrix_rates),
 )
 
+# other rules for the multipliers, of rules.py
+rules = ['mean_one', 'forgetting', 'bounded']
+methods.update(
+    {
+        f'agvm_{name}_{rule}': dict(
+            optimizer=optimizer, modulate=True, rule=rule, rates=rates
+        )
+        for name, optimizer, rates in (
+            ('sgd', sgd, sgd_rates),
+            ('adamw', adamw, adamw_rates),
+            ('soap', soap, matrix_rates),
+            ('muon', muon, matrix_rates),
+        )
+        for rule in rules
+    }
+)
+
 # -- changes to a run, by name: what is merged into its config
 variants = dict(
     no_fpn=dict(
@@ -265,6 +282,31 @@ variants = dict(
     begin_0=dict(optim_wrapper=dict(begin=0)),
     begin_late=dict(optim_wrapper=dict(begin=96)),
     no_clip=dict(optim_wrapper=dict(clip_grad=None)),
+    # decay at the same share of the epochs, and as much warm-up
+    epochs_24=dict(
+        train_cfg=dict(max_epochs=24, val_interval=24),
+        param_scheduler={'1': dict(milestones=[16, 22])},
+    ),
+    epochs_48=dict(
+        train_cfg=dict(max_epochs=48, val_interval=48),
+        param_scheduler={'1': dict(milestones=[32, 44])},
+    ),
+    epochs_96=dict(
+        train_cfg=dict(max_epochs=96, val_interval=96),
+        param_scheduler={'1': dict(milestones=[64, 88])},
+    ),
+    refresh_1=dict(
+        optim_wrapper=dict(optimizer=dict(precondition_frequency=1))
+    ),
+    refresh_20=dict(
+        optim_wrapper=dict(optimizer=dict(precondition_frequency=20))
+    ),
+    decay_0=dict(optim_wrapper=dict(optimizer=dict(weight_decay=0.0))),
+    decay_2=dict(optim_wrapper=dict(optimizer=dict(weight_decay=0.2))),
+    betas_9=dict(optim_wrapper=dict(optimizer=dict(betas=(0.9, 0.9)))),
+    betas_99=dict(optim_wrapper=dict(optimizer=dict(betas=(0.95, 0.99)))),
+    momentum_9=dict(optim_wrapper=dict(optimizer=dict(momentum=0.9))),
+    momentum_98=dict(optim_wrapper=dict(optimizer=dict(momentum=0.98))),
 )
 
 # -- stages, done one after the other. A stage's cells are all its models,
@@ -523,13 +565,17 @@ stages = [
         rates=stable_rates,
         seeds=[1, 2],
     ),
-    dict(
-        name='Mask R-CNN at both batches, with every seed',
-        models=['mask_rcnn'],
-        methods=both,
-        batch_sizes=[256, 32],
-        rates=stable_rates,
-        seeds=[0, 1, 2],
+    # -- second part: what a large batch loses
+    *(
+        dict(
+            name=f'another rule with {name}: {rule}',
+            models=['faster_rcnn'],
+            methods=[f'agvm_{name}_{rule}'],
+            batch_sizes=[256],
+            seeds=[0, 1, 2],
+        )
+        for name in ('sgd', 'adamw')
+        for rule in rules
     ),
     dict(
         name="AGVM's settings, with other seeds",
@@ -539,5 +585,81 @@ stages = [
         variants=['anchor_rpn', 'alpha_9', 'alpha_99', 'range_2'],
         rates=stable_rates,
         seeds=[1, 2],
+    ),
+    dict(
+        name='more epochs at the largest batch',
+        models=['faster_rcnn'],
+        methods=['adamw', 'sgd'],
+        batch_sizes=[256],
+        variants=['epochs_24', 'epochs_48'],
+        seeds=[0, 1, 2],
+    ),
+    *(
+        dict(
+            name=f'SOAP and Muon on another model: {model}',
+            models=[model],
+            methods=matrix,
+            batch_sizes=[256, 32],
+            seeds=[0, 1, 2],
+        )
+        for model in ('retinanet', 'mask_rcnn', 'sem_fpn')
+    ),
+    dict(
+        name='eight times the epochs',
+        models=['faster_rcnn'],
+        methods=['adamw', 'sgd'],
+        batch_sizes=[256],
+        variants=['epochs_96'],
+        seeds=[0, 1, 2],
+    ),
+    *(
+        dict(
+            name=f'another rule with {name}: {rule}',
+            models=['faster_rcnn'],
+            methods=[f'agvm_{name}_{rule}'],
+            batch_sizes=[256],
+            seeds=[0, 1, 2],
+        )
+        for name in ('soap', 'muon')
+        for rule in rules
+    ),
+    dict(
+        name="SOAP's settings",
+        models=['faster_rcnn'],
+        methods=['soap'],
+        batch_sizes=[256],
+        variants=[
+            *('refresh_1', 'refresh_20', 'decay_0', 'decay_2'),
+            *('betas_9', 'betas_99', 'no_clip'),
+        ],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name="Muon's settings",
+        models=['faster_rcnn'],
+        methods=['muon'],
+        batch_sizes=[256],
+        variants=[
+            *('decay_0', 'decay_2', 'momentum_9', 'momentum_98', 'no_clip'),
+        ],
+        seeds=[0, 1, 2],
+    ),
+    # theirs, to compare with: so far at Faster R-CNN's rate
+    *(
+        dict(
+            name=f'SGD, AGVM and AdamW on another model: {model}',
+            models=[model],
+            methods=[*both, 'adamw'],
+            batch_sizes=[256, 32],
+            seeds=[0, 1, 2],
+        )
+        for model in ('mask_rcnn', 'sem_fpn')
+    ),
+    dict(
+        name='AdamW on RetinaNet',
+        models=['retinanet'],
+        methods=['adamw'],
+        batch_sizes=[256, 32],
+        seeds=[0, 1, 2],
     ),
 ]

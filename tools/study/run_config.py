@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Mapping
 from mmengine.config import Config
 
 from mmagvm.planning.config_reader import load
-from study import in_memory  # noqa: F401  registers its data set
+from study import in_memory, rules  # noqa: F401  registers what they have
 from study.plan import Run
 
 DIGITS = tuple('0123456789')
@@ -195,6 +195,10 @@ def set_training(cfg: Config, study: Mapping[str, Any], run: Run) -> None:
         dict(type='AGVMHook'),
         dict(type='mmdet.CheckInvalidLossHook', interval=1),
     ]
+    if 'rule' in method:
+        cfg.custom_hooks.append(
+            dict(type='StudyRuleHook', rule=method['rule'])
+        )
     cfg.pop('auto_scale_lr', None)
 
 

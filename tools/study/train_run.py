@@ -21,7 +21,7 @@ from mmagvm.errors import command
 from mmagvm.strict_json import to_json
 from mmagvm.version import full_version
 from study.plan import Run, fingerprint
-from study.run_config import epoch_iterations, make_config
+from study.run_config import make_config
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Tracked, and appended to while runs go on.
@@ -60,7 +60,7 @@ def train(
         status=status,
         metrics=metrics,
         seconds=round(time.perf_counter() - started, 1),
-        **summary(work_dir, study),
+        **summary(work_dir, runner.max_iters),
         clipped=clipped_share(runner),
         declaration=fingerprint(study, run.cell),
         commit=commit,
@@ -106,9 +106,13 @@ def clipped_share(runner: Runner) -> Optional[float]:
     return round(float((values > limit).mean()), 4)
 
 
-def summary(work_dir: Path, study: Mapping[str, Any]) -> Dict[str, Any]:
-    """Series of a log, in BINS means each, and what AGVM counted and cost."""
-    planned = study['training']['epochs'] * epoch_iterations(study)
+def summary(work_dir: Path, planned: int) -> Dict[str, Any]:
+    """Series of a log, in BINS means each, and what AGVM counted and cost.
+
+    Args:
+        work_dir: Of the run.
+        planned: Iterations of the training, were it to reach its end.
+    """
     try:
         log = load_run(work_dir)
     except ValueError:  # it diverged before anything was logged
