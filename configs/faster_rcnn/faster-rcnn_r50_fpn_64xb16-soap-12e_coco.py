@@ -8,5 +8,5 @@ optim_wrapper = dict(
         lr=1.13e-3,
         weight_decay=0.05,
         precondition_frequency=5,
-    )
+    ),
 )

@@ -199,6 +199,28 @@ _MEGDET = Recipe(
     interval={1: 10},
 )
 
+# A.5.1, table 2
+_SEM_FPN = Recipe(
+    rule=RULES['SGD', 'ADE20K'],
+    epochs=None,
+    decay_epochs=(),  # poly
+    warmup={1: 500, 1024: 250, 2048: 125},
+    warmup_by_epoch=False,
+    interval={1: 5},
+    printed={32: 0.01, 512: 0.113, 1024: 0.16, 2048: 0.226},
+)
+
+
+def _with_soap(recipe: Recipe) -> Recipe:
+    """This project's own: another's schedule with the study's rate."""
+    return replace(
+        recipe,
+        rule=STUDY_RULES['SOAP'],
+        printed={},
+        clip_norm={1: 1.0},  # not in the study, which clips to 2
+    )
+
+
 #: By folder of ``configs/`` and what is special.
 RECIPES: Dict[str, Recipe] = {
     'faster_rcnn': _FASTER_RCNN,
@@ -208,8 +230,7 @@ RECIPES: Dict[str, Recipe] = {
     'faster_rcnn/lamb': replace(
         _ADAMW, rule=LRRule(1.25e-3, 32, 32, math.sqrt(2)), printed={}
     ),
-    # this project's own, not in the paper; the schedule is AdamW's
-    'faster_rcnn/soap': replace(_ADAMW, rule=STUDY_RULES['SOAP'], printed={}),
+    'faster_rcnn/soap': _with_soap(_ADAMW),
     'faster_rcnn/swin': _SWIN,
     # the official code takes A.5.1's best rate of batch 512
     'faster_rcnn/align': replace(
@@ -218,25 +239,20 @@ RECIPES: Dict[str, Recipe] = {
         clip_norm={1: 1.0},
     ),
     'mask_rcnn': _MASK_RCNN,
+    'mask_rcnn/soap': _with_soap(_MASK_RCNN),
     # schedule not in the paper: as SGD's
     'mask_rcnn/lars': _MASK_RCNN,
     'mask_rcnn/align': replace(
         _MASK_RCNN, epochs=16, decay_epochs=(12, 14), clip_norm={1: 1.0}
     ),
     'retinanet': _RETINANET,
+    'retinanet/soap': _with_soap(_RETINANET),
     # not in the paper: as R50's
     'retinanet/r18': _RETINANET,
     'panoptic_fpn': _MASK_RCNN,
-    # A.5.1, table 2
-    'sem_fpn': Recipe(
-        rule=RULES['SGD', 'ADE20K'],
-        epochs=None,
-        decay_epochs=(),  # poly
-        warmup={1: 500, 1024: 250, 2048: 125},
-        warmup_by_epoch=False,
-        interval={1: 5},
-        printed={32: 0.01, 512: 0.113, 1024: 0.16, 2048: 0.226},
-    ),
+    'panoptic_fpn/soap': _with_soap(_MASK_RCNN),
+    'sem_fpn': _SEM_FPN,
+    'sem_fpn/soap': _with_soap(_SEM_FPN),
     'megdet': _MEGDET,
     # and halved at epoch 17
     'megdet/long': replace(_MEGDET, epochs=18, decay_epochs=(11, 14)),

@@ -52,6 +52,11 @@ class ConfigFile:
         length = f'{self.iterations}it' if rest else f'{thousands}k'
         return f'{length}_ade20k-512x512'
 
+    @property
+    def data(self) -> str:
+        """The data set's name."""
+        return 'ADE20K' if self.recipe.epochs is None else 'COCO'
+
     def beside(self, tag: str) -> str:
         """The name of the config that differs in its tag."""
         return replace(self, tag=tag).name

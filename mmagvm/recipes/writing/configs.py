@@ -12,6 +12,8 @@ COCO = (32, 256, 512, 1024)
 ADE20K = (32, 512, 1024, 2048)
 #: Of the reading note on R50 with AdamW and LAMB.
 NOTE = (*COCO, 1536)
+#: Of SOAP; the last three of COCO's.
+LARGE = (256, 512, 1024)
 #: Of the official code, which has AGVM from the second on.
 OFFICIAL = (32, 256, 512)
 #: Of RetinaNet R18, up to the batch of 10k.
@@ -21,6 +23,8 @@ ENDS = (32, 512)
 
 FASTER = 'faster-rcnn_r50_fpn'
 MASK = 'mask-rcnn_r50_fpn'
+PANOPTIC = 'panoptic-fpn_r50_fpn'
+RETINA = 'retinanet_r50_fpn'
 R18 = 'retinanet_r18_fpn'
 TABLE = ': appendix A.5, table {}'
 
@@ -65,11 +69,13 @@ def _paper() -> Iterator[ConfigFile]:
     note = ": all but the epochs as Swin-T's, not in the paper"
     yield from _pair(NOTE, 'faster_rcnn/adamw', FASTER, note, 'adamw')
     yield from _pair(COCO, 'mask_rcnn', MASK, table(1))
-    yield from _pair(COCO, 'panoptic_fpn', 'panoptic-fpn_r50_fpn', table(1))
+    yield from _pair(COCO, 'panoptic_fpn', PANOPTIC, table(1))
     poly = templates.poly
     yield from _pair(ADE20K, 'sem_fpn', 'fpn_r50', table(2), write=poly)
+    note = ': not in the paper, the rate is by its rule'
+    yield from _pair((256,), 'sem_fpn', 'fpn_r50', note, write=poly)
     note = ": mmdet's base rate, grown by the paper's rule"
-    yield from _pair(COCO, 'retinanet', 'retinanet_r50_fpn', note)
+    yield from _pair(COCO, 'retinanet', RETINA, note)
     r18, note = 'retinanet/r18', ': not in the paper'
     yield from _pair((32,), r18, R18, note)
     yield from _each(HUGE, r18, R18, '', templates.plain, note)
@@ -79,13 +85,26 @@ def _paper() -> Iterator[ConfigFile]:
 
 def _optimizers() -> Iterator[ConfigFile]:
     """Configs with optimizers of other sources, on those above."""
-    lamb, soap = 'faster_rcnn/lamb', 'faster_rcnn/soap'
+    lamb = 'faster_rcnn/lamb'
     yield from _each(NOTE, lamb, FASTER, 'lamb', templates.lamb)
     yield from _each(NOTE, lamb, FASTER, 'pmd-lamb', templates.pmd_lamb)
     yield from _each(COCO, 'mask_rcnn/lars', MASK, 'lars', templates.lars)
-    yield from _each(COCO[1:], soap, FASTER, 'soap', templates.soap)
-    note = " and SOAP: this project's own"
-    yield from _each(COCO[1:], soap, FASTER, 'agvm-soap', templates.agvm, note)
+
+
+def _soap() -> Iterator[ConfigFile]:
+    """This project's own, on those above."""
+    on_sgd = templates.soap_on_sgd
+    for folder, model, write, note in (
+        ('faster_rcnn', FASTER, templates.soap, ''),
+        ('mask_rcnn', MASK, on_sgd, ''),
+        ('panoptic_fpn', PANOPTIC, on_sgd, ', which has no such model'),
+        ('retinanet', RETINA, on_sgd, ''),
+        ('sem_fpn', 'fpn_r50', on_sgd, "; the rate is COCO's"),
+    ):
+        each = partial(_each, LARGE, f'{folder}/soap', model)
+        yield from each('soap', write, note)
+        agvm_note = " and SOAP: this project's own"
+        yield from each('agvm-soap', templates.agvm, agvm_note)
 
 
 def _official_code() -> Iterator[ConfigFile]:
@@ -144,6 +163,7 @@ CONFIGS = tuple(
         (
             *_paper(),
             *_optimizers(),
+            *_soap(),
             *_official_code(),
             *_megdet(),
             *_ablations(),

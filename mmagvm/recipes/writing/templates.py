@@ -208,13 +208,27 @@ optim_wrapper = dict(
 
 def soap(config: ConfigFile) -> str:
     """SOAP in the place of AdamW."""
+    return _soap(config, 'adamw', clip='')
+
+
+def soap_on_sgd(config: ConfigFile) -> str:
+    """SOAP in the place of SGD, with clipped gradients."""
+    norm = at(config.recipe.clip_norm, config.batch_size)
+    # mmseg's bases have None, which a dict cannot inherit from
+    delete = '_delete_=True, ' if config.data == 'ADE20K' else ''
+    return _soap(
+        config, '', f'    clip_grad=dict({delete}max_norm={norm}),\n'
+    )
+
+
+def _soap(config: ConfigFile, base: str, clip: str) -> str:
     text = (
-        "with SOAP: this project's own, by its study; not in the paper, not "
-        'run on COCO'
+        f"with SOAP: this project's own, by its study{config.note}; not in "
+        f'the paper, not run on {config.data}'
     )
     return f"""\
 {_comment(f'batch {config.batch_size} {text}')}
-_base_ = './{config.beside('adamw')}.py'
+_base_ = './{config.beside(base)}.py'
 optim_wrapper = dict(
     optimizer=dict(
         _delete_=True,
@@ -222,7 +236,8 @@ optim_wrapper = dict(
         lr={config.lr},
         weight_decay=0.05,
         precondition_frequency=5,
-    )
+    ),
+{clip}\
 )
 """
 

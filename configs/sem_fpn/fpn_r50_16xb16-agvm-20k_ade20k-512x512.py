@@ -1,0 +1,5 @@
+# batch 256 with AGVM
+_base_ = './fpn_r50_16xb16-20k_ade20k-512x512.py'
+optim_wrapper = dict(_base_.agvm, interval=5, begin=600)
+custom_hooks = _base_.agvm_hooks
+default_hooks = dict(logger=dict(interval=5))
