@@ -376,6 +376,24 @@ def test_soap_takes_the_originals_rate_for_what_it_is_to_adamw(make, own):
     assert "this project's rule, by its study" in printed
 
 
+@pytest.mark.parametrize(
+    'arguments, suggested',
+    [
+        (('--batch-size', 256), True),
+        (('--batch-size', 256, '--optimizer', 'AdamW'), True),
+        (('--batch-size', 256, '--optimizer', 'SOAP'), False),
+        (('--batch-size', 240), False),
+        # shards cannot have it
+        (('--batch-size', 256, '--shard'), False),
+    ],
+    ids=str,
+)
+def test_soap_is_suggested_for_a_large_batch(make, arguments, suggested):
+    pytest.importorskip('pytorch_optimizer')
+    _, _, printed = make(FASTER_RCNN, '--gpus', 16, *arguments)
+    assert ('add --optimizer SOAP' in printed) is suggested
+
+
 def test_sources_that_disagree_on_the_batch_are_refused(make, tmp_path):
     rtmdet = 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'
     with pytest.raises(

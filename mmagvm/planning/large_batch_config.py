@@ -34,7 +34,11 @@ from mmagvm.planning.large_batch import (
     plan_training,
     split_batch,
 )
+from mmagvm.recipes.lr_scaling import STUDY_RULES
 
+#: The optimizer that the study finds best, and from which batch size on it
+#: is suggested.
+BEST, LARGE = 'SOAP', 256
 HEADER = '# Made by tools/misc/make_large_batch_config.py:\n'
 
 
@@ -167,6 +171,20 @@ def compare(loaded: Any, wanted: Any, where: str) -> None:
             compare(ours, theirs, f'{where}[{index}]')
     else:
         assert loaded == wanted, f'{where}: {loaded!r} instead of {wanted!r}'
+
+
+def advise_optimizer(
+    cfg: Config, batch: Batch, wanted: Optional[str], shard: bool
+) -> List[str]:
+    """Which optimizer the study supports for a large batch."""
+    name = wanted or type_name(cfg.optim_wrapper.optimizer['type'])
+    if shard or name in STUDY_RULES or batch.size < LARGE:
+        return []
+    return [
+        f"a batch of {batch.size} is large: in this project's study of small "
+        f'detectors {BEST} loses the least AP at {LARGE} and more (docs/'
+        f'evidence.md; not run on COCO); add --optimizer {BEST} to use it'
+    ]
 
 
 def advise_norm(model: nn.Module, batch: Batch) -> List[str]:

@@ -16,6 +16,7 @@ from mmagvm.planning.config_reader import build_model, load, scope_of
 from mmagvm.planning.large_batch import OPTIONS, check
 from mmagvm.planning.large_batch_config import (
     advise_norm,
+    advise_optimizer,
     default_out,
     plan,
     verify,
@@ -92,6 +93,7 @@ def main() -> None:
     for line in (
         *result.reasons,
         f'modules that AGVM tells apart: {", ".join(modules)}',
+        *advise_optimizer(cfg, batch, args.optimizer, args.shard),
         *advise_norm(model, batch),
     ):
         print(f'- {line}')

@@ -216,9 +216,7 @@ def soap_on_sgd(config: ConfigFile) -> str:
     norm = at(config.recipe.clip_norm, config.batch_size)
     # mmseg's bases have None, which a dict cannot inherit from
     delete = '_delete_=True, ' if config.data == 'ADE20K' else ''
-    return _soap(
-        config, '', f'    clip_grad=dict({delete}max_norm={norm}),\n'
-    )
+    return _soap(config, '', f'    clip_grad=dict({delete}max_norm={norm}),\n')
 
 
 def _soap(config: ConfigFile, base: str, clip: str) -> str:
