@@ -33,8 +33,12 @@ from study.run_config import make_config
 from study.study_results import mean_and_spread, middle, on_images
 from study.study_tables import (
     gain_table,
+    lengths_table,
+    rates_table,
     results_table,
+    rules_table,
     sides_table,
+    time_table,
     tuning_table,
     variance_table,
     variants_table,
@@ -331,6 +335,73 @@ def test_untuned_cell_is_shown_at_the_rate_that_is_given():
     assert len(tuning_table(declared, done, 'm').splitlines()) == 3
 
 
+def rows_of(text):
+    return [' '.join(line.split()) for line in text.splitlines()]
+
+
+def ended_run(metric, **more):
+    return dict(status='ended', metrics=dict(tune=metric, test=metric), **more)
+
+
+def test_rules_are_beside_the_papers_and_none():
+    methods = dict(study()['methods'])
+    methods['agvm_sgd'] = dict(methods['sgd'], modulate=True)
+    methods['agvm_sgd_mine'] = dict(methods['agvm_sgd'], rule='mine')
+    stage = dict(study()['stages'][0], methods=list(methods), seeds=[0])
+    declared = study(methods=methods, stages=[stage], grid_moves=0)
+    done = {
+        Run(Cell('m', method, 32), rate, 0): ended_run(metric * rate)
+        for method, metric in (
+            ('sgd', 0.01),
+            ('agvm_sgd', 0.02),
+            ('agvm_sgd_mine', 0.03),
+        )
+        for rate in (1.0, 2.0, 4.0)
+    }
+    assert rows_of(rules_table(declared, done))[0].endswith('| mine |')
+    assert rows_of(rules_table(declared, done))[2:] == [
+        '| sgd | 32 | 0.040 (1 seed), lr 4 | 0.080 (1 seed), lr 4 '
+        '| 0.120 (1 seed), lr 4 |'
+    ]
+    assert 'mine' not in results_table(declared, done, 'm')
+
+
+def test_longer_trainings_are_beside_the_usual_one():
+    longer = dict(train_cfg=dict(max_epochs=8))
+    stage = dict(study()['stages'][0], variants=['', 'longer'], seeds=[0])
+    declared = study(
+        stages=[stage],
+        variants=dict(longer=longer),
+        grid_moves=0,
+        data=dict(train=dict(images=64)),
+        timed_from='2026-01-02',
+    )
+    long = Cell('m', 'sgd', 32, 'longer')
+    done = {
+        Run(CELL, rate, 0): ended_run(
+            rate / 10, seconds=20.0 / rate, date='2026-01-02'
+        )
+        for rate in (1.0, 2.0, 4.0)
+    }
+    done[Run(long, 4.0, 0)] = ended_run(0.5, seconds=16.0, date='2026-01-03')
+    header, _, row = rows_of(lengths_table(declared, done))
+    assert header.endswith('| 4 epochs (8 updates) | 8 epochs (16 updates) |')
+    assert row == '| sgd | 32 | 0.400 (1 seed) | 0.500 (1 seed) |'
+    # the fastest run
+    assert rows_of(time_table(declared, done))[2:] == [
+        '| m | sgd | 32 | 4 | 8 | 3 | 5 | 0.62 | 0.400 (1 seed) |',
+        '| m | sgd | 32 | 8 | 16 | 1 | 16 | 1.00 | 0.500 (1 seed) |',
+    ]
+    declared['timed_from'] = '2026-01-03'
+    assert len(rows_of(time_table(declared, done))) == 3
+
+
+def test_rates_are_shown_with_those_that_are_as_good():
+    done = results({1.0: 0.5, 2.0: 0.505, 4.0: 0.49})
+    text = rates_table(study(grid_moves=0), done, 'm')
+    assert rows_of(text)[-1] == '| sgd | 2 (1 to 2) |'
+
+
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp('study')
@@ -493,9 +564,8 @@ def test_results_are_summarized(tiny):
     )
     text = page.read_text()
     assert text.startswith('Conclusions.\n')
-    assert (
-        text.count('| agvm_sgd') == 5
-    )  # results, gain, sides, tuning, variances
+    # results, rates, gain, sides, tuning, variances, time
+    assert text.count('| agvm_sgd') == 7
     assert 'not run' not in text
     assert figure.stat().st_size > 10000
 

@@ -305,6 +305,7 @@ variants = dict(
     decay_2=dict(optim_wrapper=dict(optimizer=dict(weight_decay=0.2))),
     betas_9=dict(optim_wrapper=dict(optimizer=dict(betas=(0.9, 0.9)))),
     betas_99=dict(optim_wrapper=dict(optimizer=dict(betas=(0.95, 0.99)))),
+    warmup_1=dict(param_scheduler={'0': dict(end=256)}),  # an epoch, not two
     momentum_9=dict(optim_wrapper=dict(optimizer=dict(momentum=0.9))),
     momentum_98=dict(optim_wrapper=dict(optimizer=dict(momentum=0.98))),
 )
@@ -315,6 +316,8 @@ variants = dict(
 # with its best rate and each of `seeds`, where that has not been done. A stage
 # with `rates` tunes nothing: it trains its cells with each of them.
 tune_seed = 0
+# before that day, runs had a machine that was shared with others
+timed_from = '2026-11-26'
 both = ['sgd', 'agvm_sgd']
 layerwise = ['lars', 'lamb', 'pmd_lamb']
 adaptive = ['adamw', 'agvm_adamw']
@@ -555,6 +558,15 @@ stages = [
         models=['faster_rcnn'],
         methods=['agvm_soap', 'agvm_sgd', 'pmd_lamb'],
         batch_sizes=[512, 1024],
+        seeds=[0, 1, 2],
+    ),
+    # whose updates are few: 48
+    dict(
+        name="SOAP's settings at the largest batch",
+        models=['faster_rcnn'],
+        methods=['soap'],
+        batch_sizes=[1024],
+        variants=['refresh_1', 'betas_9', 'warmup_1'],
         seeds=[0, 1, 2],
     ),
     dict(

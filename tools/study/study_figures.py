@@ -13,9 +13,11 @@ from study.study_results import (
     cells_of,
     ended,
     finals,
+    middle_means,
     on_images,
     on_test,
     series,
+    spread,
 )
 
 #: Entries beside each other, and inches of a row of them.
@@ -23,6 +25,8 @@ LEGEND_COLUMNS, LEGEND_ROW = 4, 0.15
 #: What is shown.
 SHOWN = 'faster_rcnn'
 COMPARED = dict(sgd='SGD', agvm_sgd='AGVM')
+#: Batch sizes between which a loss is set against a spread.
+ALIGNED = (32, 256)
 #: Drawn against the batch size, in this order.
 METHODS = dict(
     soap='SOAP',
@@ -159,6 +163,52 @@ def draw_batch_sizes(study: Mapping[str, Any], done: Done, file: Path) -> None:
         axis.set_xlabel('batch size (12 epochs at each)')
         axis.set_ylabel('test box AP')
         axis.set_ylim(bottom=0)
+        save(figure, [axis], file)
+
+
+def draw_alignment(study: Mapping[str, Any], done: Done, file: Path) -> None:
+    """What a large batch loses, against how far apart the variances are.
+
+    A point for each method: the spread of the gradient variances at the
+    largest batch that all have, each measured in its optimizer's own metric
+    and at the learning rate of its module, and the test metric lost from the
+    smallest batch to it.
+    """
+    small, large = ALIGNED
+    with plt.rc_context(TEXT):
+        figure, axis = plt.subplots(figsize=(PAGE, 3.2))
+        for index, (method, label) in enumerate(METHODS.items()):
+            at_small, at_large = (
+                list(filter(ended, finals(study, done, cell)))
+                for cell in (
+                    Cell(SHOWN, method, small),
+                    Cell(SHOWN, method, large),
+                )
+            )
+            if not at_small or not at_large:
+                continue
+            modulated = study['methods'][method]['modulate']
+            apart = spread(middle_means(study, at_large, modulated))
+            lost = np.mean([on_test(r) for r in at_small]) - np.mean(
+                [on_test(r) for r in at_large]
+            )
+            axis.plot(
+                apart,
+                lost,
+                linestyle='',
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+            )
+            axis.annotate(
+                label, (apart, lost), (5, 5), textcoords='offset points'
+            )
+        axis.set_xlabel(
+            f'largest over smallest gradient variance at batch {large}'
+        )
+        axis.set_ylabel(f'test box AP lost from batch {small} to {large}')
+        axis.set_xlim(left=1)
+        axis.set_ylim(bottom=0)
+        axis.margins(x=0.12, y=0.1)
         save(figure, [axis], file)
 
 

@@ -31,6 +31,9 @@ from study.study_results import (
     with_and_without,
 )
 
+#: Of the metric on tuning images, what is no difference to the best rate.
+FLAT = 0.01
+
 
 def results_table(study: Mapping[str, Any], done: Done, model: str) -> str:
     """Test metric by method and batch size, and the loss from the first."""
@@ -42,8 +45,9 @@ def results_table(study: Mapping[str, Any], done: Done, model: str) -> str:
     sizes = sorted({cell.batch_size for cell in found})
     methods = [
         name
-        for name in study['methods']
+        for name, declared in study['methods'].items()
         if any(cell.method == name for cell in found)
+        and 'rule' not in declared  # they have a table of their own
     ]
     rows = []
     for method in methods:
@@ -257,6 +261,127 @@ def variants_table(study: Mapping[str, Any], done: Done) -> str:
     return table(
         ['variant', 'method', 'batch', 'lr', 'with it', 'without'], rows
     )
+
+
+def rules_table(study: Mapping[str, Any], done: Done) -> str:
+    """Test metric with other rules for the multipliers, by optimizer."""
+    rules = dict.fromkeys(
+        declared['rule']
+        for declared in study['methods'].values()
+        if 'rule' in declared
+    )
+    found = {cell: finals(study, done, cell) for cell in cells_of(study, done)}
+    rows = []
+    for cell in found:
+        agvm = replace(cell, method=f'agvm_{cell.method}')
+        others = [
+            replace(cell, method=f'{agvm.method}_{rule}') for rule in rules
+        ]
+        if cell.variant or not any(other in found for other in others):
+            continue
+        row = [cell.method, str(cell.batch_size)]
+        for each in (cell, agvm, *others):
+            rate = final_rate(study, each, done)
+            text = on_images(found.get(each, []))
+            row.append(f'{text}, lr {rate:g}' if rate else text)
+        rows.append(row)
+    header = ['optimizer', 'batch', 'without AGVM', "the paper's rule"]
+    return table([*header, *rules], rows)
+
+
+def lengths(study: Mapping[str, Any]) -> Dict[str, int]:
+    """Epochs by variant, of those that change nothing else."""
+    found = {'': int(study['training']['epochs'])}
+    for name, changes in study['variants'].items():
+        epochs = changes.get('train_cfg', {}).get('max_epochs')
+        if epochs:
+            found[name] = epochs
+    return found
+
+
+def lengths_table(study: Mapping[str, Any], done: Done) -> str:
+    """Test metric of longer trainings, at the rate that was best for one."""
+    found = cells_of(study, done)
+    epochs_of = lengths(study)
+    rows = []
+    for cell in found:
+        if cell.variant or not any(
+            replace(cell, variant=name) in found for name in epochs_of if name
+        ):
+            continue
+        row = [cell.method, str(cell.batch_size)]
+        for name in epochs_of:
+            longer = replace(cell, variant=name)
+            row.append(on_images(finals(study, done, longer)))
+        rows.append(row)
+    images = study['data']['train']['images']
+    header = [
+        f'{epochs} epochs ({epochs * images // size} updates)'
+        for epochs in epochs_of.values()
+        for size in {int(row[1]) for row in rows}
+    ]
+    return table(['method', 'batch', *header], rows)
+
+
+def rates_table(study: Mapping[str, Any], done: Done, model: str) -> str:
+    """The best rate by method and batch size, and how flat it is there."""
+    sizes = sorted({c.batch_size for c in cells_of(study, done)})
+    rows = []
+    for method in study['methods']:
+        row = [method]
+        for size in sizes:
+            cell = Cell(model, method, size)
+            best = best_rate(study, cell, done)
+            if not is_tuned(study, cell) or best is None:
+                row.append('-')
+                continue
+            metrics = {
+                rate: done[Run(cell, rate, study['tune_seed'])]['metrics'][
+                    'tune'
+                ]
+                for rate in tuning_rates(study, cell, done)
+            }
+            near = [
+                rate
+                for rate, metric in metrics.items()
+                if metric > max(metrics.values()) - FLAT
+            ]
+            row.append(f'{best:g} ({min(near):g} to {max(near):g})')
+        if any(text != '-' for text in row[1:]):
+            rows.append(row)
+    return table(['method', *(f'batch {size}' for size in sizes)], rows)
+
+
+def time_table(study: Mapping[str, Any], done: Done) -> str:
+    """Seconds of a training and of an update, of the fastest run of each.
+
+    Other programs only add to a time. Runs are those from a day on, since
+    when they had the same machine.
+    """
+    rows = []
+    for cell in cells_of(study, done):
+        seconds = [
+            result['seconds']
+            for run, result in done.items()
+            if run.cell == cell
+            and ended(result)
+            and result['date'] >= study['timed_from']
+        ]
+        epochs = lengths(study).get(cell.variant)
+        if not seconds or not epochs:
+            continue
+        updates = epochs * study['data']['train']['images'] // cell.batch_size
+        rows.append(
+            [
+                *(cell.model, cell.method, str(cell.batch_size)),
+                *(str(epochs), str(updates), str(len(seconds))),
+                f'{min(seconds):.0f}',
+                f'{min(seconds) / updates:.2f}',
+                on_images(finals(study, done, cell)),
+            ]
+        )
+    header = ['model', 'method', 'batch', 'epochs', 'updates', 'runs']
+    return table([*header, 'seconds', 'per update', 'test metric'], rows)
 
 
 def cost_table(done: Done) -> str:

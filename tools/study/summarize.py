@@ -1,4 +1,4 @@
-"""Tables and figures of a study's results, written into docs/evidence.md."""
+"""Tables and figures of a study's results, for docs/evidence.md."""
 
 import argparse
 from pathlib import Path
@@ -9,6 +9,7 @@ from mmagvm.analysis.markdown import fill
 from study.plan import by_run, is_tuned, plan
 from study.run_study import read_results
 from study.study_figures import (
+    draw_alignment,
     draw_batch_sizes,
     draw_rates,
     draw_variance,
@@ -16,9 +17,13 @@ from study.study_figures import (
 from study.study_tables import (
     cost_table,
     gain_table,
+    lengths_table,
+    rates_table,
     results_table,
+    rules_table,
     sides_table,
     survival_table,
+    time_table,
     tuning_table,
     variance_table,
     variants_table,
@@ -32,7 +37,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--study', type=Path, default=HERE / 'declaration.py')
     parser.add_argument('--results', type=Path, default=HERE / 'results.jsonl')
-    parser.add_argument('--out', type=Path, default=ROOT / 'docs/evidence.md')
+    parser.add_argument(
+        '--out', type=Path, default=ROOT / 'docs/evidence_tables.md'
+    )
     parser.add_argument(
         '--figure', type=Path, default=ROOT / 'resources/evidence.png'
     )
@@ -54,20 +61,26 @@ def main() -> None:
         fill(args.out, f'variance {model}', variance_table(study, done, model))
         if model in tuned:
             fill(args.out, f'tuning {model}', tuning_table(study, done, model))
+            fill(args.out, f'rates {model}', rates_table(study, done, model))
     fill(args.out, 'survival', survival_table(study, done))
     fill(args.out, 'gain', gain_table(study, done))
     fill(args.out, 'sides', sides_table(study, done))
     fill(args.out, 'variants', variants_table(study, done))
     fill(args.out, 'cost', cost_table(done))
+    fill(args.out, 'rules', rules_table(study, done))
+    fill(args.out, 'lengths', lengths_table(study, done))
+    fill(args.out, 'time', time_table(study, done))
     draw_variance(study, done, args.figure)
     rates = args.figure.with_stem(f'{args.figure.stem}_rates')
     draw_rates(study, done, rates)
+    aligned = args.figure.with_stem(f'{args.figure.stem}_alignment')
+    draw_alignment(study, done, aligned)
     sizes = args.figure.with_stem(f'{args.figure.stem}_batch_sizes')
     draw_batch_sizes(study, done, sizes)
     runs = list(plan(study, done))
     print(
-        f'{args.out} and {args.figure}, {rates}, {sizes}: of {len(done)} runs '
-        f'of {len(runs)}'
+        f'{args.out} and {args.figure}, {rates}, {aligned}, {sizes}: of '
+        f'{len(done)} runs of {len(runs)}'
     )
 
 
