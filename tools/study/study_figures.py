@@ -27,7 +27,7 @@ SHOWN = 'faster_rcnn'
 COMPARED = dict(sgd='SGD', agvm_sgd='AGVM')
 #: Batch sizes between which a loss is set against a spread.
 ALIGNED = (32, 256)
-#: Drawn against the batch size, in this order.
+#: How methods are called, in the order of drawing.
 METHODS = dict(
     soap='SOAP',
     muon='Muon',
@@ -40,6 +40,11 @@ METHODS = dict(
     agvm_muon='AGVM + Muon',
     agvm_adamw='AGVM + AdamW',
     agvm_sgd='AGVM + SGD',
+)
+#: Drawn against the batch size: those that run at every one.
+AT_ALL_SIZES = (
+    *('soap', 'muon', 'adamw', 'pmd_lamb', 'sgd'),
+    *('agvm_soap', 'agvm_sgd'),
 )
 
 
@@ -105,7 +110,8 @@ def draw_batch_sizes(study: Mapping[str, Any], done: Done, file: Path) -> None:
     with plt.rc_context(TEXT):
         figure, axis = plt.subplots(figsize=(PAGE, 3.2))
         ticks: Set[float] = set()
-        for index, (method, label) in enumerate(METHODS.items()):
+        for index, method in enumerate(AT_ALL_SIZES):
+            label = METHODS[method]
             found: Dict[int, List[float]] = {}
             tuning: Dict[int, float] = {}
             for cell in cells_of(study, done):
@@ -127,7 +133,7 @@ def draw_batch_sizes(study: Mapping[str, Any], done: Done, file: Path) -> None:
                 markersize=4,
             )
             # beside those of other methods
-            shift = 2 ** (0.03 * (index - len(METHODS) / 2))
+            shift = 2 ** (0.03 * (index - len(AT_ALL_SIZES) / 2))
             if tuning:
                 ticks.update(tuning)
                 axis.plot(
@@ -177,6 +183,7 @@ def draw_alignment(study: Mapping[str, Any], done: Done, file: Path) -> None:
     small, large = ALIGNED
     with plt.rc_context(TEXT):
         figure, axis = plt.subplots(figsize=(PAGE, 3.2))
+        farthest = 1.0
         for index, (method, label) in enumerate(METHODS.items()):
             at_small, at_large = (
                 list(filter(ended, finals(study, done, cell)))
@@ -199,16 +206,19 @@ def draw_alignment(study: Mapping[str, Any], done: Done, file: Path) -> None:
                 color=COLOURS[index % len(COLOURS)],
                 marker=MARKERS[index % len(MARKERS)],
             )
+            farthest = max(farthest, apart)
+            # above and below in turn, as some are close together
+            offset = (5, 5 if index % 2 else -12)
             axis.annotate(
-                label, (apart, lost), (5, 5), textcoords='offset points'
+                label, (apart, lost), offset, textcoords='offset points'
             )
         axis.set_xlabel(
             f'largest over smallest gradient variance at batch {large}'
         )
         axis.set_ylabel(f'test box AP lost from batch {small} to {large}')
-        axis.set_xlim(left=1)
-        axis.set_ylim(bottom=0)
-        axis.margins(x=0.12, y=0.1)
+        # room for the names, and below for one at zero
+        axis.set_xlim(1 - 0.05 * farthest, 1.15 * farthest)
+        axis.margins(y=0.15)
         save(figure, [axis], file)
 
 
