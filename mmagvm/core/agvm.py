@@ -50,7 +50,7 @@ class AGVM:
 
     Every ``interval`` updates the variance phi = 1 - cos(G1, G2) of each
     module is measured from the two halves of the batch, and the module's
-    multiplier becomes
+    multiplier becomes::
 
         mu <- ema_decay * mu + (1 - ema_decay) * ratio,
         ratio = clip(sqrt((phi_anchor + eps) / (phi + eps)), ratio_range)
@@ -58,7 +58,7 @@ class AGVM:
     (Eq. 41, 42). Each update then steps with ``lr * mu``; afterwards every
     learning rate is what it was, so schedulers never see mu.
 
-    In a plain loop, with gradients of K micro-batches accumulated:
+    In a plain loop, with gradients of K micro-batches accumulated::
 
         optimizer = SGD(module_groups(model), lr=0.1, momentum=0.9)
         agvm = AGVM(optimizer, ddp_model, Settings(begin=500), K)

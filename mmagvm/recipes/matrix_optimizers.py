@@ -30,7 +30,7 @@ class SOAP(pytorch_optimizer.SOAP):
     """Adam in the eigenbasis of Shampoo's statistics (Vyas et al., 2024).
 
     For each weight of shape (n_1, ..., n_k) with gradient g, and for each of
-    its k dimensions
+    its k dimensions::
 
         S_i <- beta2 S_i + (1 - beta2) g_(i) g_(i)^T
         Q_i <- the eigenvectors of S_i, every ``precondition_frequency``
@@ -266,7 +266,7 @@ class Muon(pytorch_optimizer.Muon):
     """Orthogonalized momentum for matrices, AdamW for the rest (Jordan, 2024).
 
     For each weight of two or more dimensions with gradient g, seen as a
-    matrix of its first dimension by all others,
+    matrix of its first dimension by all others::
 
         m <- momentum m + (1 - momentum) g;  u = momentum m + (1 - momentum) g
         w <- (1 - lr weight_decay) w - 0.2 sqrt(max(rows, columns)) lr O(u)
@@ -278,7 +278,7 @@ class Muon(pytorch_optimizer.Muon):
 
     Everything else steps as with AdamW without being told: scalars, vectors,
     so biases and norm layers, and weights with a single row or column. So do
-    matrices with the option ``use_muon=False``, for instance embeddings:
+    matrices with the option ``use_muon=False``, for instance embeddings::
 
         paramwise_cfg=dict(custom_keys={
             'query_embed': dict(use_muon=False)})
