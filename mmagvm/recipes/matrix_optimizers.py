@@ -39,7 +39,7 @@ class SOAP(pytorch_optimizer.SOAP):
     where g_(i) is (n_i, product of the others). Adam's moments are those of g
     rotated by Q_1, ..., Q_k, and its step is rotated back. Scalars and
     vectors, so biases and norm layers, step as with AdamW, unrotated, without
-    being told. The first update only makes the bases.
+    a setting. The first update only makes the bases.
 
     Between ranks the renewal of bases is shared: see :func:`share`. Keeps
     S_i, Q_i and two moments: 2 (n_1^2 + ... + n_k^2) numbers more than AdamW
@@ -276,7 +276,7 @@ class Muon(pytorch_optimizer.Muon):
     The factor gives a step the size of AdamW's (Liu et al., "Muon is
     scalable for LLM training", 2025), so that all weights share one rate.
 
-    Everything else steps as with AdamW without being told: scalars, vectors,
+    Everything else steps as with AdamW without a setting: scalars, vectors,
     so biases and norm layers, and weights with a single row or column. So do
     matrices with the option ``use_muon=False``, for instance embeddings::
 
