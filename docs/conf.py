@@ -32,13 +32,18 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
 
-def named_anchors(app: Sphinx, docname: str, source: List[str]) -> None:
-    """Make GitHub's ``<a id="name"></a>`` a target that MyST knows."""
+def adapt(app: Sphinx, docname: str, source: List[str]) -> None:
+    """Write for MyST what pages write for GitHub.
+
+    ``<a id="name"></a>`` becomes a target. Markdown outside of this folder is
+    no page of the site, but a file to download, as all else there.
+    """
+    text = re.sub(r'^<a id="([\w-]+)"></a>$', r'(\1)=', source[0], flags=re.M)
     source[0] = re.sub(
-        r'^<a id="([\w-]+)"></a>$', r'(\1)=', source[0], flags=re.M
+        r'\]\((\.\./[^)#]+\.md)(#[^)]*)?\)', r'](path:\1)', text
     )
 
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
-    app.connect('source-read', named_anchors)
+    app.connect('source-read', adapt)

@@ -105,14 +105,21 @@ def test_settings_page_has_every_setting_with_its_default():
         assert ast.literal_eval(defaults[field.name]) == field.default
 
 
-def test_config_of_the_settings_page_is_built(tmp_path):
+def test_configs_of_the_settings_page_are_built(tmp_path):
     text = (ROOT / 'docs/settings.md').read_text()
-    lines = re.search(r'```python\n(.*?)```', text, re.S)[1]
-    file = tmp_path / 'config.py'
+    lines, inheriting = re.findall(r'```python\n(.*?)```', text, re.S)
+    (tmp_path / '_base_').symlink_to(ROOT / 'configs/_base_')
+    file = tmp_path / 'own/config.py'
+    file.parent.mkdir()
     base = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
-    file.write_text(f'_base_ = {base!r}\n{lines}')
-    cfg = Config.fromfile(file)
-    init_default_scope(cfg.default_scope)
-    wrapper = build_optim_wrapper(MODELS.build(cfg.model), cfg.optim_wrapper)
-    assert isinstance(wrapper, AGVMOptimWrapper)
-    assert wrapper.settings.begin == 560
+    for config, begin in (
+        (f'_base_ = {base!r}\n{lines}', 560),
+        (inheriting, 500),
+    ):
+        file.write_text(config)
+        cfg = Config.fromfile(file)
+        init_default_scope(cfg.default_scope)
+        model = MODELS.build(cfg.model)
+        wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+        assert isinstance(wrapper, AGVMOptimWrapper)
+        assert wrapper.settings.begin == begin
