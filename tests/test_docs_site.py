@@ -10,11 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 from commands import ROOT
-from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
 
-from mmagvm import AGVMOptimWrapper
 from mmagvm.core import Settings
 
 PAGES = [
@@ -103,23 +99,3 @@ def test_settings_page_has_every_setting_with_its_default():
     defaults = {name: value.strip('`') for name, value in rows}
     for field in fields(Settings):
         assert ast.literal_eval(defaults[field.name]) == field.default
-
-
-def test_configs_of_the_settings_page_are_built(tmp_path):
-    text = (ROOT / 'docs/settings.md').read_text()
-    lines, inheriting = re.findall(r'```python\n(.*?)```', text, re.S)
-    (tmp_path / '_base_').symlink_to(ROOT / 'configs/_base_')
-    file = tmp_path / 'own/config.py'
-    file.parent.mkdir()
-    base = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
-    for config, begin in (
-        (f'_base_ = {base!r}\n{lines}', 560),
-        (inheriting, 500),
-    ):
-        file.write_text(config)
-        cfg = Config.fromfile(file)
-        init_default_scope(cfg.default_scope)
-        model = MODELS.build(cfg.model)
-        wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-        assert isinstance(wrapper, AGVMOptimWrapper)
-        assert wrapper.settings.begin == begin
