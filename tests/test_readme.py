@@ -1,7 +1,7 @@
-"""The lines of config that the README tells a user to write.
+"""The lines of config that README and docs give a user to write.
 
 1. The first screen's: what is left of an mmdet config is the paper's recipe.
-2. A config next to the paper's settings.
+2. A config next to the paper's settings, in docs/settings.md.
 """
 
 import re
@@ -20,10 +20,10 @@ RECIPE = (
 )
 
 
-def snippet(language, *, containing):
-    """The README's only code block of a language with this in it."""
+def snippet(page, language, *, containing):
+    """A page's only code block of a language with this in it."""
     blocks = re.findall(
-        rf'```{language}\n(.*?)```', (ROOT / 'README.md').read_text(), re.S
+        rf'```{language}\n(.*?)```', (ROOT / page).read_text(), re.S
     )
     (found,) = (block for block in blocks if containing in block)
     return found
@@ -37,7 +37,8 @@ def build(cfg):
 
 
 def test_lines_to_change_are_those_of_the_recipe(tmp_path):
-    diff = snippet('diff', containing='AGVMOptimWrapper').splitlines(True)
+    diff = snippet('README.md', 'diff', containing='AGVMOptimWrapper')
+    diff = diff.splitlines(True)
     old = ''.join(line[1:] for line in diff if line[0] in ' -')
     new = ''.join(line[1:] for line in diff if line[0] in ' +')
 
@@ -65,9 +66,20 @@ def test_config_next_to_the_papers_settings(tmp_path):
     (tmp_path / '_base_').symlink_to(ROOT / 'configs/_base_')
     file = tmp_path / 'own/config.py'
     file.parent.mkdir()
-    file.write_text(snippet('python', containing='_base_.agvm'))
+    file.write_text(
+        snippet('docs/settings.md', 'python', containing='_base_.agvm')
+    )
     cfg = Config.fromfile(file)
     wrapper = build(cfg)
     assert wrapper.optimizer.param_groups[0]['lr'] == 0.16
     assert wrapper.settings.begin == 500
     assert 'AGVMHook' in [hook['type'] for hook in cfg.custom_hooks]
+
+
+def test_config_of_the_settings_page(tmp_path):
+    lines = snippet('docs/settings.md', 'python', containing='begin=560')
+    file = tmp_path / 'config.py'
+    file.write_text(f'_base_ = {BASE!r}\n{lines}')
+    wrapper = build(Config.fromfile(file))
+    assert isinstance(wrapper, AGVMOptimWrapper)
+    assert wrapper.settings.begin == 560

@@ -17,7 +17,7 @@ onedl) VENV=.venv-onedl ;;
     ;;
 esac
 # what was installed from, so that a change of it installs anew
-stamp=$(cat requirements/{build,constraints,optimizers,runtime,tests,tools,"$HOST"}.txt \
+stamp=$(cat requirements/{build,constraints,docs,optimizers,runtime,tests,tools,"$HOST"}.txt \
     pyproject.toml setup.py tools/pyproject.toml tools/setup_env.sh | sha256sum)
 if [ "$(cat $VENV/installed 2>/dev/null)" = "$stamp" ]; then
     exit 0
@@ -61,7 +61,7 @@ if ! python -c 'import mmcv._ext' 2>/dev/null; then
 fi
 echo "== Installing MMDetection, MMSegmentation and mmagvm"
 pip install --quiet --no-build-isolation \
-    -e ".[$HOST,optimizers,tools,tests]" -e tools
+    -e ".[$HOST,optimizers,tools,tests,docs]" -e tools
 # for one test, out of MMEngine's sight: PyPI's is built for torch with CUDA, and
 # a torchvision whose import fails ends each of its runs
 pip install --quiet --no-deps --upgrade --target $VENV/torchvision torchvision

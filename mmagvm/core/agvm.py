@@ -50,7 +50,7 @@ class AGVM:
 
     Every ``interval`` updates the variance phi = 1 - cos(G1, G2) of each
     module is measured from the two halves of the batch, and the module's
-    multiplier becomes
+    multiplier becomes::
 
         mu <- ema_decay * mu + (1 - ema_decay) * ratio,
         ratio = clip(sqrt((phi_anchor + eps) / (phi + eps)), ratio_range)
@@ -58,7 +58,7 @@ class AGVM:
     (Eq. 41, 42). Each update then steps with ``lr * mu``; afterwards every
     learning rate is what it was, so schedulers never see mu.
 
-    In a plain loop, with gradients of K micro-batches accumulated:
+    In a plain loop, with gradients of K micro-batches accumulated::
 
         optimizer = SGD(module_groups(model), lr=0.1, momentum=0.9)
         agvm = AGVM(optimizer, ddp_model, Settings(begin=500), K)
@@ -69,14 +69,14 @@ class AGVM:
                 scaler.update()
                 optimizer.zero_grad()
 
-    A loop that steps otherwise calls what these two are made of.
+    A loop that steps in another way calls the methods that these two call.
 
     Args:
         optimizer: Any torch optimizer with a group of parameters for each
             module, as :func:`~mmagvm.core.modules.module_groups` makes them.
-            phi is measured on gradients as it scales them, where that is
-            known: Adam's family (Alg. 2) and SOAP; on raw ones else, as for
-            SGD, LARS and Muon.
+            phi is measured on gradients as Adam's family (Alg. 2) and SOAP
+            scale them. With others, such as SGD, LARS and Muon, it is
+            measured on raw gradients.
         model: As training calls it, in its data-parallel wrapper if any. None
             if :meth:`attach` will be called when it is known.
         settings: When and how it measures. Defaults to all defaults.
@@ -90,8 +90,8 @@ class AGVM:
         modulator (Modulator): phi and mu of every module.
         update (int): Updates done, which is the index of the coming one.
         batch (dict): ``ranks``, ``images_per_rank`` and
-            ``accumulative_counts`` of the run, once :meth:`set_batch` has
-            told them; then also ``samples`` that are compared.
+            ``accumulative_counts`` of the run, and how many ``samples`` are
+            compared. Empty until :meth:`set_batch` is called.
     """
 
     def __init__(
@@ -175,14 +175,15 @@ class AGVM:
 
     @outside_of_graphs
     def attach(self, model: nn.Module) -> None:
-        """See the model as training calls it.
+        """Take the model as training calls it.
 
-        What is inside of the model that was seen is the same one. Another
-        one, such as that model wrapped anew, takes its place, but not within
-        an update that is measured.
+        A part of the known model counts as that model. Another model, such as
+        the same one wrapped anew, replaces it, but not within a measured
+        update.
 
         Raises:
-            ValueError: AGVM cannot measure with this model; says what can.
+            ValueError: AGVM cannot measure with this model; the message says
+                what works.
         """
         if model is self._model or model is self._inside or self.measuring:
             return
@@ -219,8 +220,8 @@ class AGVM:
     def before_forward(self) -> None:
         """Before each forward pass that gets a backward pass of its own.
 
-        After :meth:`begin_update`. A loop that calls this is told if it has
-        more backward passes than that.
+        After :meth:`begin_update`. If a loop calls this, AGVM reports updates
+        with more backward passes than forward passes.
         """
         self._counts_forwards = True
         self._forwards += 1
@@ -573,8 +574,8 @@ class AGVM:
 
         The batch size at which the gradient's noise is as large as its
         signal: 1 until it has been measured, infinite while no signal shows.
-        In samples while the batch has not been told; empty if it was told
-        without ``images_per_rank``.
+        In samples until :meth:`set_batch` is called; empty if
+        ``images_per_rank`` is unknown.
         """
         images = images_per_sample(self.batch) if self.batch else 1
         if images is None:
@@ -615,11 +616,11 @@ class AGVM:
         return self.modulator.measured + self.modulator.skipped
 
     def set_batch(self, batch: Dict[str, Optional[int]]) -> None:
-        """Tell how the batch is made up, which a checkpoint may not share.
+        """Set how the batch is made up; a checkpoint may have another one.
 
         Args:
             batch: ``ranks``, ``images_per_rank`` in a micro-batch, None if
-                nobody knows, and ``accumulative_counts``, its micro-batches.
+                unknown, and ``accumulative_counts``, its micro-batches.
         """
         if self._grad_variance is not None:
             batch = dict(batch, samples=self._grad_variance.samples)

@@ -118,7 +118,7 @@ def _listed(
 
 
 def find_modules(model: nn.Module) -> List[str]:
-    """The modules that the paper tells apart, from a model's structure.
+    """The modules that AGVM scales, from a model's structure.
 
     Every child with trainable parameters is one. ``roi_head`` is opened into
     its own children: all stages of a cascade's ``roi_head.bbox_head`` are

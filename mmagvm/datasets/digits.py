@@ -145,7 +145,7 @@ def make_split(
     seed: Union[int, Sequence[int]],
     scans: slice,
 ) -> None:
-    """Write images, maps and annotations/*.json of a split.
+    """Write images, maps and ``annotations/*.json`` of a split.
 
     Args:
         out_dir: Where the data set is.

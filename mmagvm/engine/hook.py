@@ -28,7 +28,7 @@ from mmagvm.version import full_version
 
 @register(HOOKS)
 class AGVMHook(Hook):
-    """Tells at the start what AGVM will do, and logs what it does.
+    """Logs at the start what AGVM will do, and then what it does.
 
     Publishes after every iteration, for each module, the last measured
     ``agvm_variance/<module>`` (phi) and the ``agvm_lr_scale/<module>`` (mu)

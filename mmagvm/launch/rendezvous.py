@@ -103,7 +103,7 @@ def lost_ranks_told(seconds: float) -> Iterator[None]:
 {text}
 Rank {env.get('RANK', 0)} on node {env.get('NODE_RANK', 0)} lost the others.
 - A rank that failed by itself causes this on all others: see what each node
-  printed, and mend the first error that is not this one.
+  printed, and fix the first error that is not this one.
 - If there is none, the network between nodes was cut, or a rank took more than
   env_cfg.dist_cfg.timeout={seconds} seconds for one step or evaluation.
 Then start the same command on every node again, with --resume.

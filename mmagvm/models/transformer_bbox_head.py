@@ -43,7 +43,7 @@ class TransformerBBoxHead(BBoxHead):
             The backbone's 1e-6 is meant for its 54.
         with_cp: Recompute blocks in the backward pass, for memory. Defaults
             to False.
-        init_cfg: Instead of the initial values told above.
+        init_cfg: Instead of the initial values given above.
         kwargs: Of BBoxHead, but for ``with_avg_pool``. ``roi_feat_size`` is
             of no effect, as any size will do.
 

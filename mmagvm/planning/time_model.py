@@ -31,8 +31,8 @@ class Cluster:
     Args:
         compute: Seconds of forward, backward and step on one GPU, for one
             micro-batch.
-        bandwidth: b.
-        latency: a.
+        bandwidth: Of a GPU's slowest link, in bytes per second (b).
+        latency: Of one step of the ring, in seconds (a).
         overlap: Part of the all-reduce that backward hides, from 0 to 1.
     """
 
@@ -48,7 +48,7 @@ class Gradients:
 
     Args:
         size: V, in the parameters' own precision.
-        modules: How many AGVM tells apart.
+        modules: How many AGVM has.
         sent: Part of V that an all-reduce sends, less than 1 where a
             ``comm_hook`` compresses.
     """
@@ -83,10 +83,10 @@ def all_reduce_seconds(
     """A ring's time: 2 (n - 1) / n * V / b + k * 2 (n - 1) * a.
 
     Args:
-        gpus: n.
-        size: V.
-        calls: k.
-        cluster: With b and a.
+        gpus: How many there are (n).
+        size: Bytes to reduce (V).
+        calls: Collectives that they are cut into (k).
+        cluster: Its bandwidth (b) and latency (a).
     """
     steps = 2 * (gpus - 1)
     return (
@@ -106,11 +106,11 @@ def update_seconds(
     """The parts of an update's time.
 
     Args:
-        gpus: n.
-        accumulation: Micro-batches.
+        gpus: How many there are (n).
+        accumulation: Micro-batches of an update.
         gradients: What is sent.
-        cluster: What that takes.
-        estimator: AGVM's: 'split' sends the gradients once more on measured
+        cluster: What computing and sending take.
+        estimator: Of AGVM. 'split' sends the gradients once more on measured
             updates, uncompressed, 'pairs' two numbers for each module.
         measured: Part of the updates that AGVM measures, from 0 to 1.
     """

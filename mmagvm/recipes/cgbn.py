@@ -24,7 +24,7 @@ class CGBN(nn.BatchNorm2d):
 
     A statistic spans ``bn_size`` images, those of n = ``bn_size`` / images
     per rank consecutive ranks of one machine. With B_i the elements of a
-    channel on rank i of the group, and all sums over the group,
+    channel on rank i of the group, and all sums over the group::
 
         mu = sum_i s_i / sum_i |B_i|,        s_i = sum_{x in B_i} x
         var = sum_i v_i / sum_i |B_i|,       v_i = sum_{x in B_i} (x - mu)^2

@@ -65,7 +65,7 @@ STUDY_RULES: Dict[str, LRRule] = {
 def find_rule(optimizer: str, dataset: str) -> Tuple[str, Optional[LRRule]]:
     """The paper's rule for an optimizer's and a data set's class name.
 
-    Any data set whose name does not tell of ADE20K counts as COCO.
+    Any data set whose name does not contain ADE20K counts as COCO.
 
     Returns:
         For which of the two the rule is, and the rule; None where the paper

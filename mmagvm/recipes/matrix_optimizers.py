@@ -30,7 +30,7 @@ class SOAP(pytorch_optimizer.SOAP):
     """Adam in the eigenbasis of Shampoo's statistics (Vyas et al., 2024).
 
     For each weight of shape (n_1, ..., n_k) with gradient g, and for each of
-    its k dimensions
+    its k dimensions::
 
         S_i <- beta2 S_i + (1 - beta2) g_(i) g_(i)^T
         Q_i <- the eigenvectors of S_i, every ``precondition_frequency``
@@ -39,7 +39,7 @@ class SOAP(pytorch_optimizer.SOAP):
     where g_(i) is (n_i, product of the others). Adam's moments are those of g
     rotated by Q_1, ..., Q_k, and its step is rotated back. Scalars and
     vectors, so biases and norm layers, step as with AdamW, unrotated, without
-    being told. The first update only makes the bases.
+    a setting. The first update only makes the bases.
 
     Between ranks the renewal of bases is shared: see :func:`share`. Keeps
     S_i, Q_i and two moments: 2 (n_1^2 + ... + n_k^2) numbers more than AdamW
@@ -266,7 +266,7 @@ class Muon(pytorch_optimizer.Muon):
     """Orthogonalized momentum for matrices, AdamW for the rest (Jordan, 2024).
 
     For each weight of two or more dimensions with gradient g, seen as a
-    matrix of its first dimension by all others,
+    matrix of its first dimension by all others::
 
         m <- momentum m + (1 - momentum) g;  u = momentum m + (1 - momentum) g
         w <- (1 - lr weight_decay) w - 0.2 sqrt(max(rows, columns)) lr O(u)
@@ -276,9 +276,9 @@ class Muon(pytorch_optimizer.Muon):
     The factor gives a step the size of AdamW's (Liu et al., "Muon is
     scalable for LLM training", 2025), so that all weights share one rate.
 
-    Everything else steps as with AdamW without being told: scalars, vectors,
+    Everything else steps as with AdamW without a setting: scalars, vectors,
     so biases and norm layers, and weights with a single row or column. So do
-    matrices with the option ``use_muon=False``, for instance embeddings:
+    matrices with the option ``use_muon=False``, for instance embeddings::
 
         paramwise_cfg=dict(custom_keys={
             'query_embed': dict(use_muon=False)})
