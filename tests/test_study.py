@@ -46,6 +46,7 @@ from study.study_tables import (
 from study.train_run import RESULTS, clipped_share, code_version
 
 from mmagvm.core.modulator import Modulator
+from mmagvm.recipes.lr_scaling import STUDY_RULES
 
 STUDY = ROOT / 'tools/study/declaration.py'
 TINY = f"""
@@ -475,6 +476,26 @@ def test_study_is_stopped_and_goes_on_and_ends(tiny):
 
 
 DECLARED = Config.fromfile(STUDY)
+#: From the paper's rate of AdamW to the study's, both at batch 32.
+TO_STUDY = 2.83e-3 / 2e-4
+
+
+@pytest.mark.parametrize('name', STUDY_RULES)
+def test_rules_for_users_follow_from_the_results(name):
+    """At each batch size, what was tried at the rule's is near the best."""
+    done = by_run(DECLARED, run_study.read_results(ROOT / RESULTS))
+    at_32 = Cell('faster_rcnn', 'adamw', 32)
+    assert best_rate(DECLARED, at_32, done) == 2.83e-3
+    for size in (32, 256, 512, 1024):
+        cell = Cell('faster_rcnn', name.lower(), size)
+        metrics = {
+            rate: done[Run(cell, rate, 0)]['metrics']['tune']
+            for rate in tuning_rates(DECLARED, cell, done)
+        }
+        rule = STUDY_RULES[name](size) * TO_STUDY
+        nearest = min(metrics, key=lambda rate: abs(math.log(rate / rule)))
+        assert nearest == pytest.approx(rule, rel=0.02)
+        assert metrics[nearest] > max(metrics.values()) - 0.02
 
 
 class Start(Hook):

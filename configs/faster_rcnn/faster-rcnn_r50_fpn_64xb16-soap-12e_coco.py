@@ -5,7 +5,7 @@ optim_wrapper = dict(
     optimizer=dict(
         _delete_=True,
         type='SOAP',
-        lr=1.13e-3,
+        lr=8e-4,
         weight_decay=0.05,
         precondition_frequency=5,
     ),
