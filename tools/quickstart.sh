@@ -9,18 +9,44 @@ cd "$(dirname "$0")/.."
 CONFIG=configs/quickstart/faster-rcnn_r18_fpn_2xb8-agvm-4e_digits.py
 WORK_DIR=work_dirs/quickstart
 DATA=data/digits
+LOG=work_dirs/quickstart.log
 
-bash tools/setup_env.sh
+cat <<END
+This trains a small Faster R-CNN with AGVM on images of digits. On 2 CPU cores:
+  1. install everything into .venv    2 min, and 10 more to build MMCV
+  2. draw the data set                10 s
+  3. train on two processes           1 to 2 min
+  4. evaluate                         10 s
+  5. draw figures                     5 s
+What is done already is not repeated. Details go to $LOG.
+END
+mkdir -p work_dirs
+: > $LOG
+
+step() {
+    echo
+    echo "== $1 of 5: $2"
+}
+ended() {
+    [ $? = 0 ] && return
+    echo
+    echo "This step failed. The last lines of $LOG:"
+    tail -n 15 $LOG
+} >&2
+trap ended EXIT
+
+step 1 "installing, unless it is there"
+bash tools/setup_env.sh 2>&1 | tee -a $LOG
 # shellcheck disable=SC1091
 source .venv/bin/activate
 
+step 2 "drawing the data set in $DATA, unless it is there"
 if [ ! -f $DATA/annotations/val.json ]; then
-    echo "== Drawing the data set"
-    python tools/dataset_converters/digits2coco.py $DATA
+    python tools/dataset_converters/digits2coco.py $DATA >> $LOG 2>&1
 fi
 
 # how many GPUs can be used, or in words why none
-gpus=$(python - <<'PYTHON'
+gpus=$(python - 2>> $LOG <<'PYTHON'
 import torch
 from mmcv.ops import get_compiling_cuda_version
 
@@ -36,38 +62,54 @@ ranks=2
 options=()
 case $gpus in
 *[!0-9]*)
-    echo "== Training on the CPU, with gloo: $gpus"
+    step 3 "training on the CPU, with gloo: $gpus"
     export CUDA_VISIBLE_DEVICES=-1
     ;;
 1)
     # NCCL wants a GPU for each rank: two micro-batches instead of two ranks
-    echo "== Training on one GPU, with two accumulated micro-batches"
+    step 3 "training on one GPU, with two accumulated micro-batches"
     ranks=1
     options=(--cfg-options optim_wrapper.accumulative_counts=2)
     ;;
 *)
-    echo "== Training on two of $gpus GPUs, with NCCL"
+    step 3 "training on two of $gpus GPUs, with NCCL"
     ;;
 esac
 export PORT=${PORT:-$(python -c 'import socket
 with socket.socket() as s: s.bind(("", 0)); print(s.getsockname()[1])')}
 
+# of each 50th iteration, and of each evaluation
+train='s/.*Epoch(train) *\[\([0-9]*\)\]\[ *\([0-9]*[05]0\)\/\([0-9]*\)\].*'
+train+=' loss: \([0-9.]*\).*/epoch \1, iteration \2 of \3: loss \4/p'
+evaluation='s/.*Epoch(val) *\[\([0-9]*\)\].*bbox_mAP: \([0-9.]*\).*'
+evaluation+='/epoch \1: box AP \2/p'
 started=$(date +%s)
-bash tools/dist_train.sh $CONFIG $ranks --work-dir $WORK_DIR "${options[@]}"
+bash tools/dist_train.sh $CONFIG $ranks --work-dir $WORK_DIR "${options[@]}" \
+    2>&1 | tee -a $LOG | sed -nu -e "$train" -e "$evaluation"
 took=$(($(date +%s) - started))
 log_dir=$(find $WORK_DIR -mindepth 1 -maxdepth 1 -type d | sort | tail -n 1)
 
-echo "== Evaluating and drawing"
+step 4 "evaluating"
 checkpoint=$(cat $WORK_DIR/last_checkpoint)
 python tools/test.py $CONFIG "$checkpoint" --work-dir $WORK_DIR \
-    > $WORK_DIR/test.log 2>&1
-python tools/analysis_tools/plot_variance.py $WORK_DIR --formats png
+    > $WORK_DIR/test.log 2>&1 || { cat $WORK_DIR/test.log >> $LOG; exit 1; }
 ap=$(grep -o 'coco/bbox_mAP: [0-9.]*' $WORK_DIR/test.log | tail -n 1)
+
+step 5 "drawing figures"
+python tools/analysis_tools/plot_variance.py $WORK_DIR --formats png \
+    >> $LOG 2>&1
 
 cat <<END
 
 Trained in $((took / 60)) min $((took % 60)) s; ${ap/coco\/bbox_mAP/COCO box AP}
-  pictures    $WORK_DIR/*.png, first overview.png
-  log         $log_dir
-  checkpoint  $checkpoint
+
+Look at
+  $WORK_DIR/overview.png    variance and multiplier of each module
+  $WORK_DIR/*.png           more figures
+  $log_dir    log and series
+Next
+  your config   python tools/misc/make_large_batch_config.py CONFIG \\
+                    --batch-size 512 --gpus 32
+  launch it     bash tools/dist_train.sh THE_NEW_CONFIG 8
+  what to set   docs/settings.md
 END
