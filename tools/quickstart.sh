@@ -31,7 +31,7 @@ ended() {
     [ $? = 0 ] && return
     echo
     echo "This step failed. The last lines of $LOG:"
-    tail -n 15 $LOG
+    tail -n 40 $LOG
 } >&2
 trap ended EXIT
 
