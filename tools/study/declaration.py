@@ -1,4 +1,4 @@
-# Every run of the study, declared in the order of what it tells. Read by
+# Every run of the study, the most informative first. Read by
 # run_study.py; another file may inherit this one and change it, as smoke.py
 # does. Nothing here was chosen by looking at test images.
 
@@ -178,7 +178,7 @@ methods = dict(
     sgd=dict(optimizer=sgd, modulate=False, rates=sgd_rates),
     agvm_sgd=dict(optimizer=sgd, modulate=True, rates=sgd_rates),
     # twenty times the usual trust coefficient, so that biases and norm layers,
-    # which have none, can bear the same rate
+    # which have none, tolerate the same rate
     lars=dict(
         optimizer=dict(sgd, type='LARS', trust_coefficient=0.02),
         modulate=False,
@@ -364,7 +364,7 @@ stages = [
         rates=[0.04, 0.08, 0.16, 0.32],
         seeds=[0],
     ),
-    # tuning with one seed may take a rate that other seeds do not bear
+    # tuning with one seed may choose a rate that is too high for other seeds
     dict(
         name='SGD and AGVM at equal rates, with every seed',
         models=['faster_rcnn'],

@@ -102,7 +102,7 @@ def train(study_file: Path, run: Run, work_dir: Path) -> Result:
     return dict(run.to_dict(), status='failed', error=last[0], log=str(log))
 
 
-def tell(console: Console, run: Run, result: Result) -> None:
+def report(console: Console, run: Run, result: Result) -> None:
     """A line on how a run ended."""
     if result['status'] == 'failed':
         console.print(f'{run.name} failed: {result["error"]}; {result["log"]}')
@@ -155,7 +155,7 @@ def run_all(
             for future in wait_for(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
                 result = future.result()
-                tell(progress.console, run, result)
+                report(progress.console, run, result)
                 append(args.results, result)
                 if result['status'] == 'failed':
                     failed.add(run)
