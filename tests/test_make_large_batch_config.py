@@ -8,6 +8,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,7 +179,8 @@ def test_epoch_based_config_of_mmdet(make):
     assert cfg.default_hooks.logger.interval == wrapper.interval
     assert [hook.type for hook in cfg.custom_hooks] == ['AGVMHook']
     assert 'modules that AGVM tells apart: backbone, neck, rpn_head' in printed
-    assert "norm_cfg=dict(type='SyncBN'" in printed
+    assert 'requires_grad=True), norm_eval=False' in printed
+    assert 'gradients are not clipped' in printed
     assert 'its auto_scale_lr.base_batch_size' in printed
 
 
@@ -374,6 +376,22 @@ def test_soap_takes_the_originals_rate_for_what_it_is_to_adamw(make, own):
     cfg, _, printed = make(recipe, '--batch-size', 1024, '--gpus', 64)
     assert cfg.optim_wrapper.optimizer.lr == 8e-4
     assert "this project's rule, by its study" in printed
+
+
+def test_advice_fits_the_module_and_the_config(make, own):
+    """mmseg's heads know no norm_eval; what is clipped needs no advice."""
+    lines = (
+        'optim_wrapper = dict('
+        'clip_grad=dict(_delete_=True, max_norm=1, norm_type=2))\n'
+        "model = dict(decode_head=dict(norm_cfg=dict(type='BN')))"
+    )
+    base = 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py'
+    _, _, printed = make(
+        *(own(base, lines=lines), '--batch-size', 512, '--gpus', 32)
+    )
+    (advice,) = re.findall('decode_head has .* batch norm.*', printed)
+    assert 'norm_cfg' in advice and 'norm_eval' not in advice
+    assert 'not clipped' not in printed
 
 
 @pytest.mark.parametrize(

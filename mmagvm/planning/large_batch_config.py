@@ -187,11 +187,21 @@ def advise_optimizer(
     ]
 
 
+def advise_clipping(cfg: Config, result: Plan) -> List[str]:
+    """Whether to clip gradients, for which no config knows the norm."""
+    changed = result.diff['optim_wrapper']
+    if changed.get('clip_grad') or cfg.optim_wrapper.get('clip_grad'):
+        return []
+    return [
+        'gradients are not clipped: add optim_wrapper.clip_grad='
+        'dict(max_norm=...), with about twice the grad_norm that the log then '
+        'shows; AGVM takes a module that begins to diverge for one with '
+        'little noise'
+    ]
+
+
 def advise_norm(model: nn.Module, batch: Batch) -> List[str]:
     """What to do about batch norm, which no tool can decide."""
-    snippet = (
-        "norm_cfg=dict(type='SyncBN', requires_grad=True), norm_eval=False"
-    )
     advice = []
     for name in useless_sync_bn(model):
         advice.append(
@@ -203,6 +213,9 @@ def advise_norm(model: nn.Module, batch: Batch) -> List[str]:
         kinds = {type(layer).__name__ for layer in layers}
         if not layers or any('Sync' in k or k == 'CGBN' for k in kinds):
             continue
+        snippet = "norm_cfg=dict(type='SyncBN', requires_grad=True)"
+        if hasattr(module, 'norm_eval'):
+            snippet += ', norm_eval=False'
         advice.append(
             f'{name} has {len(layers)} batch norm layers, '
             + (

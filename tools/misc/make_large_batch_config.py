@@ -15,6 +15,7 @@ from mmagvm.errors import command
 from mmagvm.planning.config_reader import build_model, load, scope_of
 from mmagvm.planning.large_batch import OPTIONS, check
 from mmagvm.planning.large_batch_config import (
+    advise_clipping,
     advise_norm,
     advise_optimizer,
     default_out,
@@ -94,6 +95,7 @@ def main() -> None:
         *result.reasons,
         f'modules that AGVM tells apart: {", ".join(modules)}',
         *advise_optimizer(cfg, batch, args.optimizer, args.shard),
+        *advise_clipping(cfg, result),
         *advise_norm(model, batch),
     ):
         print(f'- {line}')
