@@ -2,7 +2,7 @@
 
 Where MMEngine is installed, importing this registers everything in its root
 registries; neither mmdet nor mmseg is imported. ``mmagvm.core`` is AGVM for
-any training loop, and all there is without MMEngine.
+any training loop, and the only part that works without MMEngine.
 """
 
 from importlib.util import find_spec

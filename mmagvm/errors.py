@@ -1,4 +1,4 @@
-"""Errors that tell all there is to say, so that no traceback is needed."""
+"""Errors whose message is enough: commands print it without a traceback."""
 
 from functools import wraps
 from typing import Callable, NoReturn
@@ -13,7 +13,7 @@ class UsageError(ToldError, ValueError):
 
 
 class LostRanksError(ToldError, RuntimeError):
-    """Other ranks did not come, or are gone."""
+    """Other ranks did not join, or are gone."""
 
 
 def refuse(message: str) -> NoReturn:
@@ -22,7 +22,7 @@ def refuse(message: str) -> NoReturn:
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Let the ``main`` of a command end with the message of such an error.
+    """Make the ``main`` of a command exit with the message of such an error.
 
     The exit status is 1.
     """

@@ -1,10 +1,10 @@
-"""Pages in Markdown of which a command writes a part."""
+"""Markdown pages that a command writes in part."""
 
 
 def filled(page: str, name: str, text: str) -> str:
     """A page with ``text`` between its two comments that carry ``name``.
 
-    A page that has them not gets them at its end.
+    A page without these comments gets them at its end.
     """
     begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
     if begin not in page:

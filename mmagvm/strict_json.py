@@ -1,4 +1,4 @@
-"""JSON as every reader takes it: Python's own knows NaN, no other does."""
+"""JSON that every reader accepts, without the NaN that Python writes."""
 
 import json
 from typing import Any
@@ -8,14 +8,14 @@ def to_json(value: Any, **options: Any) -> str:
     """A value as JSON, with null for NaN and infinity.
 
     Args:
-        value: Of dicts, lists, strings, numbers and None.
-        options: Of ``json.dumps``.
+        value: Made of dicts, lists, strings, numbers and None.
+        options: Options of ``json.dumps``.
     """
     return json.dumps(without_nan(value), allow_nan=False, **options)
 
 
 def without_nan(value: Any) -> Any:
-    """The same with None for NaN and infinity."""
+    """A value with None in place of NaN and infinity."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -7,12 +7,12 @@ __version__ = '0.1.0'
 
 
 def full_version() -> str:
-    """The version, in a git checkout also its commit: '0.1.0+g1a2b3c4'.
+    """The version, and in a git checkout the commit: '0.1.0+g1a2b3c4'.
 
     It ends in '-dirty' if tracked files differ from that commit.
     """
     root = Path(__file__).resolve().parents[1]
-    if not (root / '.git').exists():  # not that of a project around it
+    if not (root / '.git').exists():  # git would find a project around it
         return __version__
     describe = ['git', 'describe', '--always', '--dirty', '--exclude=*']
     try:

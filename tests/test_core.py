@@ -308,7 +308,7 @@ def test_two_backward_passes_of_a_forward_pass_are_refused():
         losses = [model(make_batch(0, 0, k)) for k in range(2)]
     wrapper.update_params(losses[0])
     with pytest.raises(
-        ValueError, match='2 backward passes and 1 .*add the losses'
+        ValueError, match='2 backward passes and 1 .*add up the losses'
     ):
         wrapper.update_params(losses[1])
 

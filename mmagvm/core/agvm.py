@@ -38,9 +38,10 @@ from mmagvm.core.wrapped import modules_in, optimizers_in
 
 logger = logging.getLogger('mmagvm')
 
-#: Updates of a process during which what is wrong with its loop still ends it.
+#: First updates of a process, in which a wrong training loop is an error.
+#: Later it is a warning.
 EARLY = 10
-#: Part of a module's squared gradient that may be lost on the way to others.
+#: Part of a module's squared gradient that may be lost in communication.
 LOST = 0.01
 
 
@@ -74,24 +75,25 @@ class AGVM:
     Args:
         optimizer: Any torch optimizer with a group of parameters for each
             module, as :func:`~mmagvm.core.modules.module_groups` makes them.
-            phi is measured on gradients as Adam's family (Alg. 2) and SOAP
-            scale them. With others, such as SGD, LARS and Muon, it is
-            measured on raw gradients.
+            With Adam's family (Alg. 2) and SOAP, phi is measured on gradients
+            as the optimizer scales them. With others, such as SGD, LARS and
+            Muon, it is measured on raw gradients.
         model: As training calls it, in its data-parallel wrapper if any. None
-            if :meth:`attach` will be called when it is known.
-        settings: When and how it measures. Defaults to all defaults.
+            if :meth:`attach` is called later.
+        settings: When and how it measures. Defaults to ``Settings()``.
         accumulation: Micro-batches in an update. Defaults to 1.
 
     Raises:
-        ValueError: A setting cannot work with this model; says what to write.
+        ValueError: A setting cannot work with this model; the message says
+            what to write instead.
 
     Attributes:
         settings (Settings): As given.
         modulator (Modulator): phi and mu of every module.
-        update (int): Updates done, which is the index of the coming one.
+        update (int): Updates done, which is the index of the next one.
         batch (dict): ``ranks``, ``images_per_rank`` and
-            ``accumulative_counts`` of the run, and how many ``samples`` are
-            compared. Empty until :meth:`set_batch` is called.
+            ``accumulative_counts`` of the run, and ``samples``, how many
+            gradients are compared. Empty until :meth:`set_batch` is called.
     """
 
     def __init__(
@@ -124,23 +126,23 @@ class AGVM:
         self.update = 0
         self.batch: Dict[str, Optional[int]] = {}
         self._model: Optional[nn.Module] = None
-        self._inside: Optional[nn.Module] = None  # last seen within it
+        self._inside: Optional[nn.Module] = None  # its part that was seen last
         self._frozen = frozen_in(optimizer)
         self._thawed: Optional[Thawed] = None
         self._grad_variance: Optional[GradVariance] = None
-        self._micro_batches = 0  # of this update that are done
+        self._micro_batches = 0  # done in this update
         self._scaler: Optional[torch.amp.GradScaler] = None
         self._stepped = False
         self._stepping = False
         self._seen_gradients = False
-        self._begun = False  # an update that is to have all micro-batches
-        self._forwards = 0  # of this update, if they are announced
+        self._begun = False  # whether this update was announced
+        self._forwards = 0  # of this update, where the loop reports them
         self._backwards = 0
         self._counts_forwards = False
-        self._done = 0  # updates of this process
-        self._last_begun = False  # the forward pass of its last micro-batch
-        self._told_raw = False
-        self._told_lost = False
+        self._done = 0  # updates done in this process
+        self._last_begun = False  # whether its last micro-batch was announced
+        self._reported_raw = False
+        self._reported_lost = False
         self._missed = Missed()
         # a loss scaler may skip the step
         for stepping in optimizers_in(optimizer):
@@ -157,13 +159,13 @@ class AGVM:
 
     @property
     def measuring(self) -> bool:
-        """Whether the update that is under way is measured."""
+        """Whether the current update is measured."""
         measured = self._grad_variance
         return measured is not None and measured.measuring
 
     @property
     def can_measure(self) -> bool:
-        """Whether the optimizer's state allows to measure its next step."""
+        """Whether the optimizer's state is enough to measure the next step."""
         measured = self._grad_variance
         return measured is not None and measured.can_measure
 
@@ -175,10 +177,10 @@ class AGVM:
 
     @outside_of_graphs
     def attach(self, model: nn.Module) -> None:
-        """Take the model as training calls it.
+        """Set the model, as training calls it.
 
         A part of the known model counts as that model. Another model, such as
-        the same one wrapped anew, replaces it, but not within a measured
+        the same one in a new wrapper, replaces it, but not during a measured
         update.
 
         Raises:
@@ -191,7 +193,7 @@ class AGVM:
             if any(part is model for part in modules_in(self._model)):
                 self._inside = model
                 return
-            logger.info('the model is another one, or wrapped anew')
+            logger.info('the model was replaced, or has a new wrapper')
             self._frozen = frozen_in(self.optimizer)
         modules = self.modulator.modules
         grad_variance = build_grad_variance(
@@ -218,21 +220,23 @@ class AGVM:
         )
 
     def before_forward(self) -> None:
-        """Before each forward pass that gets a backward pass of its own.
+        """Call before each forward pass that has its own backward pass.
 
-        After :meth:`begin_update`. If a loop calls this, AGVM reports updates
-        with more backward passes than forward passes.
+        It comes after :meth:`begin_update`. If a loop calls it, AGVM reports
+        updates with more backward passes than forward passes.
         """
         self._counts_forwards = True
         self._forwards += 1
 
     @outside_of_graphs
     def begin_update(self, loss_scale: Optional[Tensor] = None) -> None:
-        """Measure this update if it is due; before its first forward pass.
+        """Measure this update if it is due.
+
+        Call it before the first forward pass of the update.
 
         Args:
-            loss_scale: By what a loss scaler multiplies all gradients, one
-                number on their device. None for 1.
+            loss_scale: Factor by which a loss scaler multiplies all
+                gradients, one number on their device. None for 1.
         """
         self._missed.reason = ''
         self._begun, self._last_begun = True, False
@@ -247,7 +251,7 @@ class AGVM:
 
     @outside_of_graphs
     def before_last_forward(self) -> None:
-        """Before the forward pass of the update's last micro-batch."""
+        """Call before the forward pass of the update's last micro-batch."""
         self._last_begun = True
         if self._missed.reason == NOT_BEGUN:
             self._missed.reason = PARTIAL
@@ -256,10 +260,10 @@ class AGVM:
 
     @outside_of_graphs
     def after_backward(self, micro_batch: int) -> None:
-        """After the backward pass of each accumulated micro-batch.
+        """Call after the backward pass of each accumulated micro-batch.
 
         Args:
-            micro_batch: How many of this update's are done, from 1.
+            micro_batch: Its number in this update, from 1.
         """
         if not self._seen_gradients:
             self._seen_gradients = True
@@ -270,17 +274,17 @@ class AGVM:
 
     @outside_of_graphs
     def measure(self, clip_grad: Optional[Dict[str, Any]] = None) -> None:
-        """Turn what was measured, if anything, into new multipliers.
+        """Compute new multipliers, if this update is measured.
 
-        Before gradients are unscaled or clipped.
+        Call it before gradients are unscaled or clipped.
 
         Args:
-            clip_grad: How they will be clipped, as MMEngine has it.
+            clip_grad: How gradients will be clipped, as in MMEngine.
 
         Raises:
-            ValueError: One of the first updates of a training is not of
-                ``accumulation`` backward passes, each with a forward pass of
-                its own; later a warning says so.
+            ValueError: One of the first updates of a training does not have
+                ``accumulation`` backward passes, each with its own forward
+                pass. Later updates cause a warning instead.
         """
         wrong = self._wrong_backwards()
         if wrong and self._done < EARLY:
@@ -303,34 +307,34 @@ class AGVM:
             self._missed.reason = (
                 NO_ANCHOR if measurement.finite else NOT_FINITE
             )
-        self._tell_raw(grad_variance)
-        self._tell_lost(measurement)
+        self._report_raw(grad_variance)
+        self._report_lost(measurement)
 
     def _wrong_backwards(self) -> str:
-        """What is wrong with how often gradients were added up, if anything.
+        """Why the number of backward passes is wrong; empty if it is not.
 
-        None at all are the loss's own, of which nobody knows how many.
+        Zero is accepted here: AGVM does not see calls of ``loss.backward()``.
         """
         done, forwards = self._backwards, self._forwards
         if done and self._counts_forwards and done > forwards:
             return (
                 f'an update has {done} backward passes and {forwards} forward '
-                'passes in optim_context, and AGVM takes the gradient of each '
-                'for that of a batch of its own: add the losses of a batch up '
-                'and call update_params once for each optim_context'
+                'passes in optim_context, but AGVM needs one backward pass '
+                'for each forward pass: add up the losses of a batch and call '
+                'update_params once in each optim_context'
             )
         if done and self._begun and done != self.accumulation:
             return (
                 f'an update has {done} backward passes where '
-                f'accumulative_counts={self.accumulation}: add the losses of '
-                'a batch up and call update_params once, or set '
+                f'accumulative_counts={self.accumulation}: add up the losses '
+                'of a batch and call update_params once, or set '
                 f'accumulative_counts={done} in optim_wrapper, without '
                 f'MMEngine AGVM(..., accumulation={done})'
             )
         return ''
 
     def _has_gradients(self) -> bool:
-        """Whether gradients are left of a backward pass without a step."""
+        """Whether gradients remain from a backward pass without a step."""
         return any(
             param.grad is not None and bool(param.grad.any())
             for group in self.optimizer.param_groups
@@ -338,9 +342,9 @@ class AGVM:
         )
 
     def _unseen(self) -> bool:
-        """Whether gradients came by another way than the one announced.
+        """Whether this update's gradients cannot be measured after all.
 
-        Or are not what an update is of.
+        Sets the reason for which they cannot.
         """
         if self.world_size == 1 and self._backwards == 0:
             self._missed.reason = OWN_BACKWARD
@@ -353,10 +357,10 @@ class AGVM:
     def _clip_divisor(
         self, clip_grad: Optional[Dict[str, Any]]
     ) -> Optional[Tensor]:
-        """By what clipping will divide gradients, where that counts.
+        """The factor by which clipping will divide gradients, if it matters.
 
-        Adam's second moment, of clipped gradients, is compared with this
-        update's.
+        It matters where this update's gradients enter Adam's second moment,
+        which is one of clipped gradients.
         """
         if (
             self._grad_variance is None
@@ -371,38 +375,37 @@ class AGVM:
         )
         return clip_divisor(norm, float(clip_grad['max_norm']))
 
-    def _tell_raw(self, grad_variance: GradVariance) -> None:
-        """Say once if Alg. 2 might be expected but cannot be had."""
-        if self._told_raw:
+    def _report_raw(self, grad_variance: GradVariance) -> None:
+        """Log once if Alg. 2 cannot be used though it may be expected."""
+        if self._reported_raw:
             return
         states = param_states(self.optimizer)
         if not states:
             return
-        self._told_raw = True
+        self._reported_raw = True
         kept = {str(key) for _, values in states for key in values}
         kept.discard('momentum_buffer')
         if kept and not grad_variance.preconditioner.adaptive:
             logger.info(
-                '%s keeps %s, from which it is not known how it scales '
-                'gradients: its variance is measured on raw gradients, as for '
-                'SGD',
+                '%s keeps %s, but AGVM does not know how it scales gradients: '
+                'the variance is measured on raw gradients, as for SGD',
                 type(self.optimizer).__name__,
                 ', '.join(sorted(kept)),
             )
 
-    def _tell_lost(self, measurement: Measurement) -> None:
-        """Say once if gradients are too small for the type they travel in."""
-        if measurement.lost is None or self._told_lost:
+    def _report_lost(self, measurement: Measurement) -> None:
+        """Warn once if float16 loses much of a module's gradient."""
+        if measurement.lost is None or self._reported_lost:
             return
         lost, module = measurement.lost.nan_to_num(0, 0).max(0)
         if lost > LOST:
-            self._told_lost = True
+            self._reported_lost = True
             logger.warning(
-                'float16, in which a communication hook sends gradients, '
-                'loses %.0f %% of the squared gradient of %s, whose elements '
-                'are too small for it: weights are not trained by it, and its '
-                "variance is wrong: set comm_hook='bf16' (with NCCL) or None "
-                'instead, or train with a loss scaler',
+                'a communication hook sends gradients in float16, which loses '
+                '%.0f %% of the squared gradient of %s: its small elements '
+                'become zero, their weights are not trained, and the variance '
+                "is wrong. Set comm_hook='bf16' (with NCCL) or None, or train "
+                'with a loss scaler',
                 100 * lost.item(),
                 self.modulator.modules[int(module)],
             )
@@ -411,9 +414,10 @@ class AGVM:
 
     @contextmanager
     def scaled_step(self) -> Iterator[None]:
-        """The optimizer steps in here: with ``lr * mu``, then the old lr.
+        """Around the optimizer's step, which uses ``lr * mu``.
 
-        A rate that the optimizer itself changes in its step stays changed.
+        Afterwards each learning rate is what it was, except for a change that
+        the optimizer itself makes in its step.
 
         Counts the update, unless a loss scaler skips it.
         """
@@ -421,8 +425,8 @@ class AGVM:
         if len(groups) != len(self._group_modules):
             raise RuntimeError(
                 f'the optimizer has {len(groups)} parameter groups, and had '
-                f'{len(self._group_modules)} when AGVM was made: add all '
-                'parameters before, frozen ones too'
+                f'{len(self._group_modules)} when AGVM was created: add all '
+                'parameters before that, frozen ones too'
             )
         saved = [group['lr'] for group in groups]
         scale = [
@@ -454,11 +458,11 @@ class AGVM:
 
     @property
     def missed(self) -> Counter[str]:
-        """How many updates that were due are not measured, by the reason."""
+        """The number of updates that were due and not measured, by reason."""
         return self._missed.counts
 
     def why_missed(self) -> str:
-        """The reasons for which updates were not measured, most often first.
+        """Why updates were not measured, the most frequent reason first.
 
         Empty if none was missed.
         """
@@ -472,9 +476,9 @@ class AGVM:
     ) -> Iterator[None]:
         """Around the one forward and backward pass of a micro-batch.
 
-        Ranks exchange gradients in the last one of an update only. An error
-        within abandons the update: zero the gradients, and go on with its
-        first micro-batch.
+        Ranks exchange gradients only in the last micro-batch of an update. An
+        error inside abandons the update: zero the gradients, and start again
+        with its first micro-batch.
 
         Args:
             scaler: The loss scaler, if there is one.
@@ -485,7 +489,7 @@ class AGVM:
             )
         if self._micro_batches == self.accumulation:
             raise RuntimeError(
-                f'AGVM: {self.accumulation} micro-batches are done and no '
+                f'AGVM: {self.accumulation} micro-batches are done without a '
                 'step: call agvm.step() after each micro-batch'
             )
         last = self._micro_batches == self.accumulation - 1
@@ -511,7 +515,7 @@ class AGVM:
         self.after_backward(self._micro_batches)
 
     def abandon_update(self) -> None:
-        """Forget the micro-batches so far; their gradients are zeroed."""
+        """Discard the micro-batches so far; the loop zeroes the gradients."""
         self._micro_batches = self._forwards = self._backwards = 0
         self._begun = False
         self._missed.reason = NOT_BEGUN
@@ -529,14 +533,14 @@ class AGVM:
         Args:
             scaler: The loss scaler, if there is one; its ``update`` is left
                 to the loop.
-            max_norm: Largest norm of the gradient. None for any.
+            max_norm: Norm to which the gradient is clipped. None for no
+                clipping.
 
         Returns:
-            Whether the update is done, and gradients are to be zeroed.
+            Whether the update is done, so that gradients are to be zeroed.
 
         Raises:
-            RuntimeError: There was no micro-batch, or one with another
-                scaler.
+            RuntimeError: There was no micro-batch, or it had another scaler.
         """
         if self._micro_batches == 0:
             raise RuntimeError(
@@ -573,8 +577,8 @@ class AGVM:
         """Gradient noise scale of every module in images (McCandlish 2018).
 
         The batch size at which the gradient's noise is as large as its
-        signal: 1 until it has been measured, infinite while no signal shows.
-        In samples until :meth:`set_batch` is called; empty if
+        signal: 1 until it is measured, infinite while there is no signal.
+        It is in samples until :meth:`set_batch` is called, and empty if
         ``images_per_rank`` is unknown.
         """
         images = images_per_sample(self.batch) if self.batch else 1
@@ -587,7 +591,7 @@ class AGVM:
         }
 
     def quantities(self) -> Dict[str, Dict[str, float]]:
-        """What is logged of every module, by quantity."""
+        """The values that are logged for every module, by quantity."""
         found = dict(
             variance=self.modulator.variance, lr_scale=self.modulator.lr_scale
         )
@@ -598,7 +602,7 @@ class AGVM:
     def scalars(self) -> Dict[str, float]:
         """All numbers to log, such as ``agvm_lr_scale/<module>``.
 
-        What is not finite is left out, as JSON has no infinity.
+        Values that are not finite are left out, as JSON has no infinity.
         """
         found = {
             f'agvm_{quantity}/{module}': value
@@ -616,7 +620,7 @@ class AGVM:
         return self.modulator.measured + self.modulator.skipped
 
     def set_batch(self, batch: Dict[str, Optional[int]]) -> None:
-        """Set how the batch is made up; a checkpoint may have another one.
+        """Set the composition of the batch, also if a checkpoint had another.
 
         Args:
             batch: ``ranks``, ``images_per_rank`` in a micro-batch, None if
@@ -630,7 +634,7 @@ class AGVM:
             self.modulator.resize_samples(new / old)
         self.batch = batch
 
-    # -- the state that travels
+    # -- the state in checkpoints
 
     def state_dict(self) -> Dict[str, Any]:
         """Plain numbers, strings, lists and dicts, by name of module."""
@@ -641,7 +645,7 @@ class AGVM:
         )
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, of other modules too."""
+        """Load a state of :meth:`state_dict`, also one of other modules."""
         self.modulator.load_state_dict(state)
         self.update = state['update']
         self.abandon_update()
@@ -654,10 +658,10 @@ def _restored(now: Any, given: Any, own: Any, mu: Optional[float]) -> Any:
     """A group's learning rate after a step.
 
     Args:
-        now: What it is.
-        given: What it was in the step, ``own * mu``.
-        own: What it was before.
-        mu: None for 1.
+        now: The rate after the step.
+        given: The rate that was set for the step, ``own * mu``.
+        own: The rate before.
+        mu: The group's multiplier. None for 1.
     """
     same = now is given or (isinstance(now, float) and now == given)
     if same:
@@ -666,20 +670,20 @@ def _restored(now: Any, given: Any, own: Any, mu: Optional[float]) -> Any:
 
 
 def images_per_sample(batch: Dict[str, Optional[int]]) -> Optional[int]:
-    """Images whose mean gradient is one sample: a rank's or a micro-batch's.
+    """Images per sample, which is a rank's or a micro-batch's mean gradient.
 
     Args:
         batch: As :attr:`AGVM.batch`.
 
     Returns:
-        None if ``images_per_rank`` is.
+        None if ``images_per_rank`` is None.
     """
     images = batch['images_per_rank']
     ranks, micro_batches = (
         batch['ranks'] or 1,
         batch['accumulative_counts'] or 1,
     )
-    # what checkpoints of an older version do not tell
+    # checkpoints of an older version have no samples
     samples = batch.get('samples') or (micro_batches if ranks == 1 else ranks)
     if images is None:
         return None
@@ -689,9 +693,9 @@ def images_per_sample(batch: Dict[str, Optional[int]]) -> Optional[int]:
 def scale_of(
     scaler: Optional['torch.amp.GradScaler'], optimizer: torch.optim.Optimizer
 ) -> Optional[Tensor]:
-    """By what a loss scaler multiplies gradients, on their device.
+    """The factor by which a loss scaler multiplies gradients, on their device.
 
-    Through a public method, and without a transfer.
+    It is read by a public method, without a transfer to the CPU.
     """
     if scaler is None or not scaler.is_enabled():
         return None
@@ -701,7 +705,7 @@ def scale_of(
 
 
 def _group_modules(optimizer: torch.optim.Optimizer) -> List[Optional[str]]:
-    """The module of every parameter group; None for one that has no mu."""
+    """The module of every parameter group; None for a group without mu."""
     if not all('module' in group for group in optimizer.param_groups):
         raise ValueError(
             'the parameters are not grouped by module: set '
