@@ -522,7 +522,7 @@ def test_options_are_for_all_parameters_of_the_model(caplog):
     (group,) = module_groups(model, ['neck'], [dict(params=bias, lr=1.0)])
     assert group['params'] == [bias]
     assert 'are in no parameter group' in caplog.text
-    with pytest.raises(ValueError, match='none of the model'):
+    with pytest.raises(ValueError, match='not in the model'):
         module_groups(
             model, groups=[dict(params=torch.nn.Linear(2, 2).weight)]
         )

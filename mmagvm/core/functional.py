@@ -25,18 +25,18 @@ from typing import List, Tuple
 import torch
 from torch import Tensor
 
-#: Elements of a row that a CPU's norm sums to seven digits.
+#: Length of a row, which a CPU's norm sums to seven digits.
 ROW = 2**12
-#: Elements of a tensor from which on it is summed by rows.
+#: Number of elements from which on a tensor is summed by rows.
 LARGE = 2**16
 
 
 def sum_type(device: torch.device) -> torch.dtype:
-    """In what sums of squares are kept on a device.
+    """The type in which sums of squares are kept on a device.
 
     float64 on a CPU and on CUDA. Other devices, such as Apple's and some
-    NPUs, or what they communicate with, may lack it: float32, and float64
-    from the transfer to the CPU on.
+    NPUs, or their communication backends, may lack it. There sums are kept in
+    float32, and in float64 once they are on the CPU.
     """
     if device.type in ('cpu', 'cuda'):
         return torch.float64
@@ -46,10 +46,10 @@ def sum_type(device: torch.device) -> torch.dtype:
 def squared_norms(tensors: List[Tensor]) -> Tensor:
     """The squared norms of tensors, (n,) in :func:`sum_type`.
 
-    On CUDA a norm is the sum of many threads' sums, by a tree: its rounding
-    hardly grows with the size. A CPU adds one after the other, which loses
-    1e-2 of 60 million float32 elements; there large tensors are summed by
-    rows first, which loses 1e-8 and takes no longer.
+    On CUDA the sums of many threads are added up in a tree, so the rounding
+    error hardly grows with the size. A CPU adds one element after the other,
+    which loses 1e-2 of 60 million float32 elements. There large tensors are
+    summed by rows first, which loses 1e-8 and takes no longer.
     """
     parts = [_row_norms(t) for t in _at_least_float32(tensors)]
     norms = torch.stack(torch._foreach_norm(parts))
@@ -57,7 +57,7 @@ def squared_norms(tensors: List[Tensor]) -> Tensor:
 
 
 def _row_norms(tensor: Tensor) -> Tensor:
-    """A tensor, or fewer numbers of the same norm."""
+    """A tensor, or the norms of its rows, which have the same norm."""
     if (
         tensor.numel() < LARGE
         or tensor.device.type != 'cpu'
@@ -72,7 +72,7 @@ def _row_norms(tensor: Tensor) -> Tensor:
 
 
 def half_batch_norms(total: List[Tensor], signed: List[Tensor]) -> Tensor:
-    """Everything that :func:`split_variance` needs, from one pass.
+    """Everything that :func:`split_variance` needs, in one pass.
 
     Args:
         total: S = G1 + G2 of one module, a tensor per parameter.
@@ -103,9 +103,9 @@ def split_variance(norms: Tensor) -> Tensor:
         norms: (h, 4), the rows of :func:`half_batch_norms`.
 
     Returns:
-        (h,), in [0, 2]. NaN where a half has no gradient, or a thousand times
-        less than the other, for which the cosine has no meaning, and where a
-        norm is not finite.
+        (h,), in [0, 2]. NaN where a norm is not finite, and where a half has
+        no gradient or one a thousand times smaller than the other's, for
+        which the cosine has no meaning.
     """
     total, signed, first, second = norms.unbind(-1)
     cosine = (total - signed) / (first * second).sqrt()
@@ -117,9 +117,9 @@ def split_variance(norms: Tensor) -> Tensor:
 def pairs_variance(local: Tensor, mean: Tensor, samples: int) -> Tensor:
     """phi of every module as all pairs of samples estimate it.
 
-    With |true gradient|^2 and the noise power of a sample as
-    :func:`pairs_noise` gives them, 1 - signal / (signal + 2 * noise / W) is
-    what :func:`split_variance` estimates; written out it is
+    :func:`split_variance` estimates 1 - signal / (signal + 2 * noise / W),
+    with |true gradient|^2 and the noise power of a sample as
+    :func:`pairs_noise` gives them. Written out it is
     2 (r2 - g2) / ((W - 2) g2 + r2).
 
     Args:

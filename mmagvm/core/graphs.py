@@ -8,11 +8,11 @@ Function = TypeVar('Function', bound=Callable[..., Any])
 
 
 def outside_of_graphs(function: Function) -> Function:
-    """Decorates what runs as plain Python, with all that it calls.
+    """Decorate a function to run as plain Python, with all that it calls.
 
-    Without it a measured update, being another path through the code than an
-    unmeasured one, would be compiled again. ``torch.compiler.disable`` does
-    the same, but loads the compiler at once, also for who never compiles.
+    Without it, torch.compile would compile again for measured updates, which
+    take another path through the code. ``torch.compiler.disable`` does the
+    same, but loads the compiler at once, also in runs that never use it.
     """
     disable = getattr(torch, '_disable_dynamo', None) or torch.compiler.disable
     return cast(Function, disable(function))

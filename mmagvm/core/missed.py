@@ -1,11 +1,11 @@
-"""Why updates that were due are not measured, and telling so."""
+"""Counts and reports updates that were due and not measured."""
 
 import logging
 from typing import Counter
 
 logger = logging.getLogger('mmagvm')
 
-#: Reasons, each in words that go on from "because".
+#: Reasons, each a clause that follows "because".
 NOT_BEGUN = (
     'train_step does not run the model inside of optim_wrapper.optim_context'
     '(model), without MMEngine inside of agvm.micro_batch()'
@@ -17,8 +17,8 @@ OWN_BACKWARD = (
     'without MMEngine agvm.micro_batch()'
 )
 NO_STATE = (
-    'the optimizer had no state yet to measure by, which it has after the '
-    'first updates'
+    'the optimizer had no state yet to measure with, which its first updates '
+    'create'
 )
 OTHER_BACKWARDS = (
     'it had another number of backward passes than of micro-batches'
@@ -30,7 +30,7 @@ OTHER_STEP = (
     'optim_wrapper.update_params(loss), or its backward(loss) and step(), '
     'without MMEngine agvm.step()'
 )
-#: Those of a loop that does not work, told as soon as they are seen.
+#: Reasons that show a wrong training loop, reported as soon as they occur.
 OF_LOOP = (NOT_BEGUN, OWN_BACKWARD, OTHER_BACKWARDS)
 
 
@@ -39,7 +39,7 @@ class Missed:
 
     Attributes:
         reason (str): Why the update under way is not measured; empty if it is.
-        counts (Counter): Of updates, by their reason.
+        counts (Counter): Numbers of missed updates, by reason.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Missed:
         self.counts: Counter[str] = Counter()
 
     def end_update(self, update: int, due: bool) -> None:
-        """Count the update that is done.
+        """Count the update that is done, if it was missed.
 
         Args:
             update: Its index.
@@ -64,7 +64,7 @@ class Missed:
         self.reason = NOT_BEGUN
 
     def other_step(self) -> None:
-        """Count a step of the optimizer that AGVM does not see coming."""
+        """Count a step of the optimizer that was not announced to AGVM."""
         self.counts[OTHER_STEP] += 1
         if self.counts[OTHER_STEP] == 1:
             logger.warning(
@@ -73,7 +73,7 @@ class Missed:
             )
 
     def __str__(self) -> str:
-        """The reasons, most often first; empty if no update was missed."""
+        """The reasons, most frequent first; empty if no update was missed."""
         return '; '.join(
             f'{reason} ({count} times)'
             for reason, count in self.counts.most_common()

@@ -16,7 +16,7 @@ HISTORY_LENGTH = 10_000
 
 
 class Modulator:
-    """Keeps every module's multiplier, and how it came about.
+    """Keeps every module's multiplier and the measurements behind it.
 
     Args:
         modules: Names of the modules.
@@ -72,7 +72,7 @@ class Modulator:
         """Turn one measurement into new multipliers.
 
         Args:
-            update: When it was taken.
+            update: Index of the update that was measured.
             measurement: If it is not finite, everything stays as it is.
         """
         if not measurement.finite:
@@ -120,7 +120,7 @@ class Modulator:
                 )
 
     def resize_samples(self, factor: float) -> None:
-        """Samples have ``factor`` times as many images from now on."""
+        """Adapt to samples that have ``factor`` times as many images."""
         for module in self._noise:
             self._noise[module] /= factor
 
@@ -138,7 +138,7 @@ class Modulator:
         )
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Load a state, which may be of other modules: those start at 1."""
+        """Load a state; modules that it does not have start at 1."""
         missing = [m for m in self.modules if m not in state['modules']]
         unknown = [m for m in state['modules'] if m not in self.modules]
         if missing or unknown:
@@ -149,7 +149,7 @@ class Modulator:
         for module in self.modules:
             self.lr_scale[module] = state['lr_scale'].get(module, 1.0)
             self.variance[module] = state['variance'].get(module, 1.0)
-        self.lr_scale[self.anchor] = 1.0  # another anchor than it was, maybe
+        self.lr_scale[self.anchor] = 1.0  # it may be another anchor now
         self.measured = state['measured']
         self.skipped = state['skipped']
         for name, own in (('signal', self._signal), ('noise', self._noise)):

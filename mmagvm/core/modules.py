@@ -9,7 +9,7 @@ logger = logging.getLogger('mmagvm')
 
 #: The module that all others follow by default, at any depth.
 BACKBONE = 'backbone'
-#: What takes its place in a model that has none.
+#: The module that takes its place in a model without a backbone.
 ENCODER = 'image_encoder'
 #: Children of a model that are opened into their own children, beside those
 #: that hold a backbone.
@@ -26,20 +26,20 @@ def module_groups(
     """Parameter groups for an optimizer that AGVM modulates.
 
     Args:
-        model: Whose parameters they are; not in a data-parallel wrapper.
-        modules: Dotted prefixes; the longest that fits a parameter counts,
-            and where none fits the parameter's module is ``others``. Defaults
-            to those of :func:`find_modules`.
-        groups: With options, such as ``lr`` or ``weight_decay``. Defaults to
-            one of all parameters, without options. A parameter
-            that occurs again, being shared, keeps its first options.
+        model: The model, without its data-parallel wrapper.
+        modules: Dotted prefixes. A parameter belongs to the longest one that
+            fits its name, and to ``others`` if none fits. Defaults to those
+            of :func:`find_modules`.
+        groups: Parameter groups with options, such as ``lr`` or
+            ``weight_decay``. Defaults to one group of all parameters, without
+            options. A parameter that occurs again keeps its first options.
 
     Returns:
-        Groups of all these parameters, each in exactly one, one for each
-        distinct pair of a module and options, with ``module`` and
-        ``param_names``, sorted as ``modules`` are. Frozen parameters are in
-        them too, as a hook may unfreeze them; those of a module without
-        trainable ones come last, with None for ``module``.
+        One group for each distinct pair of a module and options, with
+        ``module`` and ``param_names``, sorted as ``modules`` are. Each
+        parameter is in exactly one group, frozen ones too, as a hook may
+        unfreeze them. Parameters of a module without trainable ones come
+        last, with None for ``module``.
 
     Raises:
         ValueError: A module has no trainable parameters, or ``groups`` have
@@ -48,7 +48,7 @@ def module_groups(
     if groups is None:
         groups = [dict(params=list(model.parameters()))]
     groups = _listed(groups, model)
-    # a part that is frozen is none of the others
+    # parameters of a frozen part do not belong to the others
     parts = list(_parts(model)) if modules is None else list(modules)
     names = {param: name for name, param in model.named_parameters()}
     trained = {
@@ -101,8 +101,8 @@ def _listed(
             if param not in known:
                 raise ValueError(
                     'groups have a parameter of shape '
-                    f'{tuple(param.shape)} that is none of the model: put it '
-                    'into the model, or step it with an optimizer of its own'
+                    f'{tuple(param.shape)} that is not in the model: add it '
+                    'to the model, or step it with another optimizer'
                 )
             rest.pop(param, None)
         listed.append({**group, 'params': params})
@@ -122,10 +122,10 @@ def find_modules(model: nn.Module) -> List[str]:
 
     Every child with trainable parameters is one. ``roi_head`` is opened into
     its own children: all stages of a cascade's ``roi_head.bbox_head`` are
-    one. So is a child that holds a backbone, at any depth: the student of a
-    semi-supervised detector, the detector of a tracker.
+    one module. A child that holds a backbone, at any depth, is opened too:
+    the student of a semi-supervised detector, the detector of a tracker.
     """
-    # a parameter that is shared has one name, in the module that comes first
+    # a shared parameter has one name, in the module that comes first
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     return [
         prefix
@@ -139,12 +139,12 @@ def find_anchor(modules: Sequence[str], anchor: str = BACKBONE) -> str:
 
     Args:
         modules: Names of those that are modulated.
-        anchor: Its name. The default, which names none in a model whose
-            backbone is inside of something, stands for the first module
-            called ``backbone`` at any depth, else ``image_encoder``.
+        anchor: Its name. If no module is called so exactly, the default
+            stands for the first one that is called ``backbone`` at any depth,
+            or else ``image_encoder``.
 
     Raises:
-        ValueError: There is no such module; says which there are.
+        ValueError: There is no such module; the message lists the modules.
     """
     if anchor in modules:
         return anchor
@@ -161,7 +161,7 @@ def find_anchor(modules: Sequence[str], anchor: str = BACKBONE) -> str:
 
 
 def refuse_single_module(modules: Sequence[str]) -> None:
-    """Raise a ValueError if there is nothing that could follow the anchor."""
+    """Raise a ValueError if no module could follow the anchor."""
     if len(modules) == 1:
         raise ValueError(
             f'{modules[0]!r} is the only module with trainable parameters, so '

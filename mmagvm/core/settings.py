@@ -1,4 +1,4 @@
-"""AGVM's settings, which check themselves."""
+"""AGVM's settings, and their checks."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from mmagvm.core.grad_variance import COMM_HOOKS, ESTIMATORS
 
 @dataclass(frozen=True)
 class Settings:
-    """When and how AGVM measures, and what it does with it.
+    """When and how AGVM measures, and whether it modulates.
 
     Counts are in updates of the optimizer, which with accumulation are fewer
     than iterations.
@@ -18,23 +18,24 @@ class Settings:
         interval: tau, updates between two measurements.
         ema_decay: alpha, weight of the old mu, in [0, 1).
         begin: First update that is measured; until then mu is 1.
-        end: Measuring stops before this update, mu stays. None for never.
+        end: Measuring stops before this update, and mu stays as it is. None
+            for never.
         anchor: The module that the others follow.
-        estimator: How phi is estimated: 'split', the paper's, one half of
-            the ranks (or micro-batches) against the other; 'pairs', each
-            against each, from norms alone.
+        estimator: How phi is estimated. 'split', the paper's, compares one
+            half of the ranks (or micro-batches) with the other. 'pairs'
+            compares each with every other, from norms alone.
         eps: Added to both variances of the ratio.
         ratio_range: Bounds of the ratio, around 1.
         comm_hook: Type in which ranks exchange gradients, 'fp16' or 'bf16',
-            by torch's communication hooks of that name. None for whatever the
-            model does by itself. Below 6e-8 there is no number in float16:
-            gradients as small as that need 'bf16' or a loss scaler. Where a
-            module loses much of its gradient, a warning names it.
-        modulate: False measures and logs everything, lr_scale too, and steps
+            by torch's communication hooks of that name. None leaves the model
+            as it is. float16 has no numbers below 6e-8: smaller gradients
+            need 'bf16' or a loss scaler. If a module loses much of its
+            gradient, a warning names it.
+        modulate: False measures and logs everything, lr_scale too, but steps
             with the plain learning rate.
 
     Raises:
-        ValueError: A setting is wrong; says what to write instead.
+        ValueError: A setting is wrong; the message says what to write instead.
     """
 
     interval: int = 10
@@ -121,11 +122,11 @@ class Settings:
         )
 
     def due_between(self, first: int, last: int) -> range:
-        """The updates that are to be measured.
+        """The updates of a span that are to be measured.
 
         Args:
-            first: The first one in question.
-            last: The one after the last in question.
+            first: First update of the span.
+            last: The update after the span.
         """
         first = max(first, self.begin)
         first += -(first - self.begin) % self.interval

@@ -1,4 +1,4 @@
-"""Parameters that were frozen when training began and are not any more."""
+"""Parameters that are unfrozen while training runs."""
 
 import logging
 from typing import Dict, List, Set
@@ -12,8 +12,8 @@ logger = logging.getLogger('mmagvm')
 
 #: Why an update that was due is not measured.
 NOT_AVERAGED = (
-    'parameters that were frozen when DistributedDataParallel was built are '
-    'not any more, and their gradients are not averaged'
+    'parameters that were frozen when DistributedDataParallel was built have '
+    'been unfrozen, and their gradients are not averaged'
 )
 
 
@@ -28,15 +28,15 @@ def frozen_in(optimizer: torch.optim.Optimizer) -> Set[Tensor]:
 
 
 class Thawed:
-    """Sees that frozen parameters are trained from some update on.
+    """Detects frozen parameters that are trained from some update on.
 
     Args:
         model: As training calls it.
         optimizer: With ``module`` in its groups, None for those that are not
             modulated.
-        frozen: Of its parameters, those that have been frozen all along.
-        averages_unfrozen: Whether gradients of all of these are averaged
-            once they are trained.
+        frozen: Those of its parameters that have been frozen from the start.
+        averages_unfrozen: Whether gradients of these are averaged once they
+            are trained.
     """
 
     def __init__(
@@ -71,43 +71,43 @@ class Thawed:
             for param, name in names.items()
             if param not in module_of
         }
-        self._told: Set[str] = set()
+        self._reported: Set[str] = set()
 
     def spoil_the_mean(self) -> bool:
-        """Whether gradients are trained on that ranks do not average.
+        """Whether a trained parameter's gradient is not averaged over ranks.
 
-        Says once what becomes of parameters that have been unfrozen.
+        Warns once of what happens to parameters that have been unfrozen.
         """
-        self._tell(
+        self._report(
             self._nowhere,
-            'is in no parameter group, as MMEngine leaves frozen parameters '
-            'out where there is a paramwise_cfg: it is never trained; '
+            'is in no parameter group, as MMEngine leaves out frozen '
+            'parameters where there is a paramwise_cfg. It is not trained: '
             'unfreeze it before training starts, or leave paramwise_cfg out',
         )
-        self._tell(
+        self._report(
             self._plain,
-            'has no lr_scale, as its whole module was frozen: it is trained '
-            'at the plain learning rate; to have it modulated, unfreeze it '
-            'before training starts, or resume from a checkpoint',
+            'has no lr_scale, as its whole module was frozen. It is trained '
+            'at the plain learning rate: to modulate it, unfreeze it before '
+            'training starts, or resume from a checkpoint',
         )
-        return self._tell(
+        return self._report(
             self._averaged_never,
             'is not averaged by DistributedDataParallel, which was built '
-            'before: ranks drift apart, and nothing is measured any more; '
-            'build the model unfrozen and freeze it in before_train, with '
-            'find_unused_parameters=True, or wrap the model anew',
+            'before. Ranks diverge, and nothing is measured: build the model '
+            'unfrozen and freeze it in before_train, with '
+            'find_unused_parameters=True, or wrap the model again',
         )
 
-    def _tell(self, params: Dict[Tensor, str], what: str) -> bool:
+    def _report(self, params: Dict[Tensor, str], what: str) -> bool:
         names: List[str] = [
             name for param, name in params.items() if param.requires_grad
         ]
-        if names and what not in self._told:
-            self._told.add(what)
+        if names and what not in self._reported:
+            self._reported.add(what)
             more = f' (and {len(names) - 1} more)' if names[1:] else ''
             logger.warning(
-                '%s%s was frozen when training started, is not any more, and '
-                '%s',
+                '%s%s was frozen when training started, has been unfrozen, '
+                'and %s',
                 names[0],
                 more,
                 what,

@@ -1,4 +1,4 @@
-"""What is inside of wrappers: of models, optimizers, communication hooks."""
+"""The content of wrappers: of models, optimizers, communication hooks."""
 
 from functools import partial
 from types import CellType, FunctionType, MethodType
@@ -12,13 +12,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, without data-parallel wrappers and compilers.
 
     Args:
-        model: In none, one or several, such as torch.compile's within
+        model: In any number of wrappers, such as torch.compile's inside
             DistributedDataParallel or around it.
     """
     inner = getattr(model, 'module', model)
     while isinstance(inner, nn.Module):
         model = inner
-        # of torch.compile; other wrappers have nothing but the model
+        # torch.compile's; other wrappers hold nothing but the model
         children = dict(model.named_children())
         inner = children.get('_orig_mod')
         if inner is None and len(children) == 1:
@@ -39,7 +39,7 @@ def modules_in(model: Any) -> Iterator[Any]:
     """A model and all modules in it.
 
     Args:
-        model: May be a wrapper that is no module, as MMEngine has some.
+        model: May be a wrapper that is not a module; MMEngine has some.
     """
     if isinstance(model, nn.Module):
         yield from model.modules()
@@ -53,7 +53,7 @@ def modules_in(model: Any) -> Iterator[Any]:
 def optimizers_in(
     optimizer: torch.optim.Optimizer,
 ) -> List[torch.optim.Optimizer]:
-    """An optimizer, and those that it steps with, as Lookahead does."""
+    """An optimizer, and those that it wraps, as Lookahead does."""
     found = [optimizer]
     for outer in found:
         for inner in _held_by(outer):
@@ -65,11 +65,11 @@ def optimizers_in(
 
 
 def called_by(hook: Any) -> Iterator[Any]:
-    """A function, and those that it is made of, as far as can be seen.
+    """A function, and those that it may call, as far as can be seen.
 
     Args:
-        hook: With others in its closure, bound to it, called by their global
-            names, or an object that holds them.
+        hook: A function, or an object that holds functions. Those it calls
+            may be in its closure, be bound to it, or have a global name.
     """
     seen: List[Any] = []
     open_ = [hook]
@@ -94,7 +94,7 @@ def called_by(hook: Any) -> Iterator[Any]:
 def _content(cell: CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # nothing is in it yet
+    except ValueError:  # the cell is still empty
         return None
 
 
