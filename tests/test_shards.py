@@ -276,7 +276,7 @@ def test_refusals_say_what_to_do(found):
 def test_gradients_that_are_divided_otherwise_are_not_measured(found):
     measured, why = found[2][0]['divided']
     assert measured == 0
-    assert 'travel as torch.float64' in why
+    assert 'sent as torch.float64' in why
     assert '(2 times)' in why
 
 

@@ -22,39 +22,39 @@ from mmagvm.core.functional import squared_norms
 from .parts import local_part
 from .preconditioner import Preconditioner, find_preconditioner
 
-#: Bytes of gradients that are sent or computed on at once: what is computed
-#: of a module needs copies, which for all of it could exhaust the memory.
+#: Bytes of gradients that are sent or processed at once: this needs copies,
+#: which for a whole module could exhaust the memory.
 SLICE = 25 * 2**20  # DistributedDataParallel's default
 #: Index of the module of a parameter group that is not measured.
 NOT_MEASURED = -1
 
 
 class Measurement(NamedTuple):
-    """What one measured update tells of the h modules, on the CPU."""
+    """The result of one measured update for the h modules, on the CPU."""
 
     #: (h,) phi, in [0, 2]; NaN for a module without gradient.
     variance: Tensor
-    #: False if a gradient was NaN or infinite; then nothing else counts.
+    #: False if a gradient was NaN or infinite; then no other value counts.
     finite: bool
     #: (h,) squared norm of the true gradient, unbiased, so maybe negative.
     signal: Optional[Tensor] = None
     #: (h,) noise power of the gradient of one sample, unbiased.
     noise: Optional[Tensor] = None
-    #: (h,) part of this rank's |gradient|^2 that a narrow type loses on the
-    #: way to the other ranks; NaN for a module without gradient.
+    #: (h,) part of this rank's |gradient|^2 that a narrow type loses in
+    #: communication; NaN for a module without gradient.
     lost: Optional[Tensor] = None
 
 
 class GradVariance(ABC):
     """Estimates the gradient variance of every module in one update.
 
-    ``start`` before the forward passes of an update that is to be measured,
-    ``measure`` when its gradients are ready. On every other update nothing is
-    computed, copied or sent.
+    Call ``start`` before the forward passes of an update that is to be
+    measured, and ``measure`` when its gradients are ready. On every other
+    update nothing is computed, copied or sent.
 
     Args:
-        optimizer: Of all parameters, which are measured on gradients as its
-            preconditioner leaves them.
+        optimizer: The optimizer of all parameters. Gradients are measured
+            after its preconditioner.
         modules: Index of each parameter group's module, 0 to h - 1, or
             NOT_MEASURED.
     """
@@ -63,7 +63,7 @@ class GradVariance(ABC):
     world_size: int = 1
     #: Whether gradients of parameters that have been frozen are averaged, too.
     averages_unfrozen: bool = True
-    #: How many gradients are compared, each of as many images.
+    #: How many gradients are compared, each of the same number of images.
     samples: int
 
     def __init__(
@@ -74,21 +74,21 @@ class GradVariance(ABC):
         self.measuring = False
         #: Why the measurement of this update was given up; empty if not.
         self.spoiled = ''
-        #: Of the update that is measured.
+        #: The preconditioner of the update that is measured.
         self.preconditioner: Preconditioner = find_preconditioner(optimizer)
         self._inverse_scale: Optional[Tensor] = None
 
     @property
     @abstractmethod
     def can_measure(self) -> bool:
-        """Whether the optimizer's state allows it in this update."""
+        """Whether the optimizer's state allows to measure this update."""
 
     def start(self, loss_scale: Optional[Tensor] = None) -> None:
-        """Collect during this update, if the optimizer's state allows it.
+        """Measure this update, if the optimizer's state allows it.
 
         Args:
-            loss_scale: By what a loss scaler multiplies all gradients of this
-                update, one number on their device. None for 1.
+            loss_scale: Factor by which a loss scaler multiplies all gradients
+                of this update, one number on their device. None for 1.
         """
         self.preconditioner = find_preconditioner(self.optimizer)
         self.measuring = self.can_measure
@@ -104,18 +104,18 @@ class GradVariance(ABC):
         """Called after the backward of each accumulated micro-batch.
 
         Args:
-            micro_batch: How many of this update's are done, from 1.
+            micro_batch: Its number in this update, from 1.
         """
 
     @abstractmethod
     def measure(self, clip: Optional[Tensor] = None) -> Measurement:
-        """The measurement of this update, whose ``param.grad`` is ready.
+        """The measurement of this update, once ``param.grad`` is ready.
 
-        Takes one device-to-host transfer.
+        It takes one device-to-host transfer.
 
         Args:
-            clip: By what clipping will divide all gradients, which Adam's
-                second moment knows clipped. None for 1.
+            clip: Factor by which clipping will divide all gradients before
+                they enter Adam's second moment. None for 1.
         """
 
     def to_cpu(self, sums: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
@@ -125,7 +125,7 @@ class GradVariance(ABC):
             sums: (h, n).
 
         Returns:
-            Them in float64, and ``Measurement.lost`` if it is known.
+            The sums in float64, and ``Measurement.lost`` if it is known.
         """
         return sums.cpu().double(), None
 
@@ -155,7 +155,7 @@ class GradVariance(ABC):
     ) -> List[Tensor]:
         """Gradients without the loss scale, divided by ``clip``.
 
-        The squares of scaled ones can be too large for float32.
+        Squares of scaled gradients can be too large for float32.
         """
         if self._inverse_scale is not None:
             grads = list(torch._foreach_mul(grads, self._inverse_scale))
@@ -184,7 +184,7 @@ class GradVariance(ABC):
     ) -> Tensor:
         """Squared norms of gradients of one group's parameters, (n,).
 
-        As the state before this update preconditions them.
+        The state before this update preconditions them.
         """
         grads = self.unscaled(grads)
         return squared_norms(self.preconditioner.by_past(group, params, grads))
@@ -192,10 +192,10 @@ class GradVariance(ABC):
     def sum_by_module(
         self, measure_group: Callable[[Dict[str, Any]], Iterable[Tensor]]
     ) -> Tensor:
-        """Sum a quantity of parameter groups over each module's.
+        """Sum a quantity of parameter groups over each module.
 
-        In the order of the groups, never of DDP's buckets, so that a resumed
-        run, whose first buckets differ, rounds the same.
+        The order is that of the groups, never of DDP's buckets, so that a
+        resumed run rounds the same although its first buckets differ.
 
         Args:
             measure_group: Gives tensors to be summed, always of the same
@@ -237,6 +237,6 @@ def slices(params: Sequence[Tensor]) -> List[List[Tensor]]:
 def slices_with_grad(
     group: Dict[str, Any],
 ) -> Iterator[Tuple[List[Tensor], List[Tensor]]]:
-    """A group's parameters that have a gradient, and those, in slices."""
+    """A group's parameters that have a gradient, with these, in slices."""
     for params in slices([p for p in group['params'] if p.grad is not None]):
         yield params, [local_part(p.grad) for p in params]

@@ -1,4 +1,4 @@
-"""Picks the estimator that fits how a model is trained, or says why none."""
+"""Selects the estimator that fits how a model is trained."""
 
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
@@ -20,12 +20,12 @@ from .parts import is_sharded
 from .shards import PairsShards, SplitShards
 from .split import SplitMicroBatches, SplitRanks
 
-#: By name: over ranks, over one rank's micro-batches, and over shards.
+#: Classes by name: over ranks, over one rank's micro-batches, and over shards.
 ESTIMATORS: Dict[str, Tuple[Callable[..., GradVariance], ...]] = {
     'split': (SplitRanks, SplitMicroBatches, SplitShards),
     'pairs': (PairsRanks, PairsMicroBatches, PairsShards),
 }
-#: What to do where parameters are kept in shards in another way.
+#: Advice where parameters are sharded in another way.
 FULLY_SHARD = (
     "to train in shards, set runner_type='FlexibleRunner' and "
     "strategy=dict(type='FullyShardStrategy'), without MMEngine call torch's "
@@ -63,7 +63,8 @@ def build_grad_variance(
         comm_hook: As in :class:`RankVariance`.
 
     Raises:
-        ValueError: AGVM cannot measure in this setting; says what can.
+        ValueError: AGVM cannot measure in this setting; the message says what
+            to change.
     """
     refuse_sharded_model(model)
     model = uncompiled(model)
@@ -73,10 +74,10 @@ def build_grad_variance(
     if any(is_sharded(p) for g in optimizer.param_groups for p in g['params']):
         if comm_hook is not None:
             raise ValueError(
-                f'comm_hook={comm_hook!r} in optim_wrapper is of DistributedDa'
-                'taParallel, and parameters are sharded: leave it out, and set'
-                ' the type in which gradients travel by mixed_precision.reduce'
-                '_dtype of FullyShardStrategy'
+                f'comm_hook={comm_hook!r} in optim_wrapper needs '
+                'DistributedDataParallel, but parameters are sharded: leave '
+                'it out, and set the type in which gradients are sent by '
+                'mixed_precision.reduce_dtype of FullyShardStrategy'
             )
         return over_shards(optimizer, modules, model, accumulative_counts)
     # MMSeparateDistributedDataParallel is one by name only
@@ -122,16 +123,16 @@ def refuse_sharded_model(model: nn.Module) -> None:
 
 
 def _refuse_inexact_means(model: DistributedDataParallel) -> None:
-    """Refuse what leaves a gradient that is not the mean over the ranks."""
+    """Refuse a model with gradients that are not the mean over the ranks."""
     for hook, state in getattr(model, '_comm_hooks', ()):
-        # a hook may call another, whose state it is given
+        # a hook may call another one, with the state of that one
         for part in (*called_by(hook), type(state)):
             module = str(getattr(part, '__module__', ''))
             if module.rpartition('.')[2] in INEXACT_HOOKS:
                 raise ValueError(
-                    'AGVM compares local gradients with their mean, and the '
-                    f'communication hook {_name(part)} returns something '
-                    "else: leave it out, or set comm_hook='fp16' or 'bf16' in "
+                    'AGVM compares local gradients with their mean, but the '
+                    f'communication hook {_name(part)} does not return the '
+                    "mean: leave it out, or set comm_hook='fp16' or 'bf16' in "
                     'optim_wrapper instead'
                 )
     ignored = sorted(
@@ -141,8 +142,8 @@ def _refuse_inexact_means(model: DistributedDataParallel) -> None:
     )
     if ignored:
         raise ValueError(
-            f'the model tells DistributedDataParallel to ignore {ignored[0]}, '
-            'so its gradient differs between ranks, and so would lr_scale: '
+            f'the model makes DistributedDataParallel ignore {ignored[0]}, so '
+            'its gradient and its lr_scale would differ between ranks: '
             'freeze it (requires_grad=False), or let it be averaged'
         )
 
@@ -165,7 +166,7 @@ def _name(function: Any) -> str:
 
 
 def refuse_sparse_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Raise a ValueError if a gradient that is there is sparse."""
+    """Raise a ValueError if a gradient is sparse."""
     for group in optimizer.param_groups:
         for i, param in enumerate(group['params']):
             if param.grad is not None and param.grad.is_sparse:
@@ -178,7 +179,7 @@ def refuse_sparse_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def refuse_sharded_state(optimizer: torch.optim.Optimizer) -> None:
-    """Raise a ValueError if the state is sharded, but not as parameters."""
+    """Raise a ValueError if the state is sharded apart from the parameters."""
     optimizers = {
         cls.__name__
         for inner in optimizers_in(optimizer)
@@ -186,9 +187,9 @@ def refuse_sharded_state(optimizer: torch.optim.Optimizer) -> None:
     }
     if 'ZeroRedundancyOptimizer' in optimizers:
         raise ValueError(
-            'AGVM does not support ZeroRedundancyOptimizer: the state is '
-            'spread over the ranks, and MMEngine hangs when it saves it, as '
-            'it gathers it on one rank only: set optimizer.type in '
-            "optim_wrapper to the optimizer itself, such as 'AdamW', and "
+            'AGVM does not support ZeroRedundancyOptimizer: its state is '
+            'spread over the ranks, and MMEngine hangs when it saves the '
+            'state, as only one rank gathers it. Instead set optimizer.type '
+            "in optim_wrapper to the optimizer itself, such as 'AdamW', and "
             f'{FULLY_SHARD}'
         )

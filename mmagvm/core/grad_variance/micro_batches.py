@@ -1,4 +1,4 @@
-"""Sees the gradients of one rank's accumulated micro-batches."""
+"""Reads the gradients of one rank's accumulated micro-batches."""
 
 from abc import abstractmethod
 from typing import Dict, List, Optional, Sequence
@@ -38,16 +38,16 @@ class MicroBatchVariance(GradVariance):
 
     @abstractmethod
     def see_micro_batch(self, micro_batch: int) -> None:
-        """Note what the gradients have accumulated to.
+        """Note the gradients that have been accumulated so far.
 
         Args:
-            micro_batch: How many of this update's are done, from 1.
+            micro_batch: Number of the last one in this update, from 1.
         """
 
     def keep_gradients(self) -> None:
-        """Copy what has been accumulated so far."""
-        # between backward passes, which leave this stream waiting for those
-        # of their hooks: copies are made, read and freed on one stream
+        """Copy the gradients that have been accumulated so far."""
+        # called between backward passes, when this stream waits for those of
+        # their hooks: copies are made, read and freed on one stream
         self._kept.update(
             (param, grad.clone()) for param, grad in self.grads().items()
         )
@@ -62,5 +62,5 @@ class MicroBatchVariance(GradVariance):
         ]
 
     def forget_gradients(self) -> None:
-        """Let the copies go."""
+        """Free the copies."""
         self._kept.clear()

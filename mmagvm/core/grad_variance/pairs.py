@@ -2,8 +2,8 @@
 
 A sample is a rank's gradient, or a micro-batch's. Of W samples g_r it needs
 r2 = mean |g_r|^2, known before they are averaged, and g2 = |mean g_r|^2,
-known afterwards: nothing but r2 of every module has to be sent, and g2 with
-it, of which one rank's rounding then counts on all.
+known afterwards. Ranks exchange nothing but r2 of every module, and with it
+the g2 of one rank, so that it is rounded the same on all.
 """
 
 from abc import abstractmethod
@@ -24,8 +24,8 @@ class Pairs(GradVariance):
     """phi, and the noise scale, from r2 and g2.
 
     Gradients are preconditioned by the state before this update, since this
-    update's is not known before the average; while there is none, nothing is
-    measured.
+    update's is not known before the average. Nothing is measured while there
+    is no state.
     """
 
     @property
@@ -34,18 +34,18 @@ class Pairs(GradVariance):
 
     @abstractmethod
     def local_squares(self) -> Tensor:
-        """(h,) r2 of every module, as far as this rank knows."""
+        """(h,) this rank's share of r2 of every module."""
 
     def shared(self, squares: Tensor) -> Tensor:
         """r2 and g2 of every module, the same bits on every rank.
 
         Args:
-            squares: (h, 2), what this rank knows of r2, and g2.
+            squares: (h, 2), this rank's share of r2, and g2.
         """
         return squares
 
     def measure(self, clip: Optional[Tensor] = None) -> Measurement:
-        # clipping cancels in phi: the divisor knows no gradient of this update
+        # clipping cancels in phi: no gradient of this update is in the divisor
         self.measuring = False
         squares = self.shared(
             torch.stack(
@@ -93,7 +93,7 @@ class PairsRanks(Pairs, RankVariance):
             parts = [squares[p] for p in group['params'] if p in squares]
             if parts:
                 return [torch.stack(parts).sum()]
-            # not used by this rank, but maybe by others
+            # not used on this rank, but maybe on others
             first: Tensor = group['params'][0]
             return [first.new_zeros((), dtype=sum_type(first.device))]
 
@@ -109,8 +109,8 @@ class PairsRanks(Pairs, RankVariance):
 class PairsMicroBatches(Pairs, MicroBatchVariance):
     """Every micro-batch of one rank against every other.
 
-    A micro-batch's gradient is what it adds to the accumulated one, of which
-    a copy is kept meanwhile.
+    A micro-batch's gradient is what it adds to the accumulated one. A copy of
+    the latter is kept for the difference.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -123,7 +123,7 @@ class PairsMicroBatches(Pairs, MicroBatchVariance):
 
     def see_micro_batch(self, micro_batch: int) -> None:
         self._local.append(self.sum_by_module(self._new_squares))
-        self.forget_gradients()  # before more is taken
+        self.forget_gradients()  # before new copies are made
         if micro_batch < self.samples:
             self.keep_gradients()
 

@@ -1,10 +1,10 @@
-"""What an optimizer applies to a gradient, before which phi is no measure.
+"""The preconditioner that an optimizer applies to a gradient.
 
 Alg. 2 compares gradients divided by sqrt(v), since that is how AdamW steps.
 The same holds for any optimizer whose step is a linear map of the gradient
-that is known before the update: this map is its preconditioner, and phi is
-measured on preconditioned gradients. :func:`find_preconditioner` tells which
-one an optimizer has.
+that is known before the update. This map is its preconditioner, and phi is
+measured on preconditioned gradients. :func:`find_preconditioner` finds the
+one of an optimizer.
 """
 
 from typing import Any, Dict, List, Sequence, Tuple, Type
@@ -21,10 +21,10 @@ State = Dict[Tensor, Dict[str, Any]]
 
 
 class Preconditioner:
-    """No preconditioner: raw gradients. What the others refine.
+    """No preconditioner: raw gradients. The base class of the others.
 
     Args:
-        optimizer: Whose state it reads, and never changes.
+        optimizer: Its state is read, and never changed.
     """
 
     #: Whether it depends on this update's gradient, which clipping changes.
@@ -35,12 +35,12 @@ class Preconditioner:
 
     @property
     def past_known(self) -> bool:
-        """Whether :meth:`by_past` can be had in the update to come."""
+        """Whether :meth:`by_past` can be computed in the next update."""
         return True
 
     @property
     def present_known(self) -> bool:
-        """Whether :meth:`by_present` can be had in the update to come."""
+        """Whether :meth:`by_present` can be computed in the next update."""
         return True
 
     def by_past(
@@ -54,10 +54,10 @@ class Preconditioner:
         Args:
             group: The parameter group of all of them.
             params: The parameters.
-            grads: Of any sample, in the shapes of the parameters.
+            grads: Gradients of a sample, in the shapes of the parameters.
 
         Returns:
-            Tensors with as many elements, maybe in another basis.
+            Tensors with the same numbers of elements, maybe in another basis.
         """
         return grads
 
@@ -68,7 +68,7 @@ class Preconditioner:
         total: List[Tensor],
         signed: List[Tensor],
     ) -> Tuple[List[Tensor], List[Tensor]]:
-        """Precondition S and D by the state that S is part of.
+        """Precondition S and D by the state that includes S.
 
         Args:
             group: As in :meth:`by_past`.
@@ -96,7 +96,7 @@ class Elementwise(Preconditioner):
     ) -> List[Tensor]:
         """Divide by sqrt(v_{t-1}) + eps.
 
-        An element without gradient so far has no scale to be seen on: zero.
+        An element without gradient so far has no scale, and becomes zero.
         """
         grads = self.rotate(group, params, grads)
         moments = [self._exp_avg_sq(param) for param in params]
@@ -137,7 +137,7 @@ class Elementwise(Preconditioner):
         params: Sequence[Tensor],
         grads: List[Tensor],
     ) -> List[Tensor]:
-        """Gradients in the basis that v is kept in: their own."""
+        """Gradients in the basis in which v is kept: here their own."""
         return grads
 
     def _exp_avg_sq(self, param: Tensor) -> Tensor:
@@ -188,11 +188,11 @@ class Rotated(Elementwise):
 def find_preconditioner(optimizer: torch.optim.Optimizer) -> Preconditioner:
     """The preconditioner of an optimizer, one for all of its parameters.
 
-    Told from its class, from what :mod:`.probe` finds and from its state;
-    before the first update, when there is none, from whether it has Adam's
-    coefficients. What is not known for certain, for a single parameter or for
-    all, leaves raw gradients: norms of raw and of divided ones must not add
-    up within a module.
+    It follows from the optimizer's class, from what :mod:`.probe` finds and
+    from its state. Before the first update there is no state, and Adam's
+    coefficients decide. If it is in doubt, for a single parameter or for all,
+    there is none: norms of raw and of divided gradients must not add up within
+    a module.
     """
     kind: Type[Preconditioner] = Preconditioner
     if _is_soap(optimizer):
@@ -210,15 +210,15 @@ def refuse_fixed_rates(optimizer: torch.optim.Optimizer) -> None:
     """Raise a ValueError if multipliers of groups would have no effect."""
     if not _is_soap(optimizer) and traits_of(optimizer).scales is False:
         raise ValueError(
-            f'{type(optimizer).__name__} steps at a learning rate that it '
-            'takes for all parameter groups together, so that lr_scale would '
-            'change nothing: set modulate=False in optim_wrapper to measure '
-            "only, or optimizer.type to another one, such as 'AdamW'"
+            f'{type(optimizer).__name__} uses one learning rate for all '
+            'parameter groups together, so lr_scale would change nothing: set '
+            'modulate=False in optim_wrapper to measure only, or '
+            "optimizer.type to another one, such as 'AdamW'"
         )
 
 
 def _is_soap(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is pytorch_optimizer's, or made of it."""
+    """Whether it is SOAP of pytorch_optimizer, or derived from it."""
     return (
         'SOAP' in {cls.__name__ for cls in type(optimizer).__mro__}
         and callable(getattr(optimizer, 'project', None))
@@ -232,8 +232,8 @@ def _is_soap(optimizer: torch.optim.Optimizer) -> bool:
 def _has_adams_options(group: Dict[str, Any]) -> bool:
     """Whether a group has Adam's coefficients, and steps as Adam would.
 
-    Three, such as Adan's, are of a second moment of something else; a group
-    of Muon's has them for its vectors only.
+    Three coefficients, such as Adan's, are for a second moment of something
+    else. A group of Muon has Adam's for its vectors only.
     """
     return (
         'use_muon' not in group

@@ -1,10 +1,10 @@
-"""What an optimizer does, told from what a small copy of it does.
+"""Finds out what an optimizer does by a trial of a small copy.
 
-Two things of an optimizer are neither in its class nor in its options: whether
-its ``exp_avg_sq`` is Adam's second moment of each element, and whether the
-learning rate of a parameter group scales the steps of that group. A twin, of
-the same class and options, gets a few known gradients on parameters of its
-own, and its state and its steps tell.
+Two properties of an optimizer cannot be read from its class or options. One is
+whether its ``exp_avg_sq`` is Adam's second moment of each element. The other
+is whether the learning rate of a parameter group scales the steps of that
+group. A twin, of the same class and options, gets a few known gradients on
+parameters of its own, and its state and steps show both.
 """
 
 import copy
@@ -21,26 +21,27 @@ from torch import Tensor
 
 from mmagvm.core.wrapped import optimizers_in
 
-#: A matrix and a kernel that are large enough to be factored, projected or
-#: rotated by who does such things, and a vector.
+#: A matrix and a kernel, large enough for optimizers that factor, project or
+#: rotate, and a vector.
 SHAPES = ((40, 34), (6, 4, 2, 2), (33,))
 STEPS = 4
-#: Of gradients, small enough for no optimizer to clip them.
+#: Size of gradients, so small that no optimizer clips them.
 SIZE = 1e-3
-#: Distinct sets of options that are tried.
+#: Largest number of distinct sets of options that are tried.
 MOST = 4
 #: Entries of a parameter group that are no options of the optimizer, or that
 #: change nothing here.
 OTHER = {
     *('params', 'param_names', 'module', 'lr', 'initial_lr', 'weight_decay'),
     *('lr_scale', 'param_scale', 'group_name', 'step'),
-    # how, not what: some need a device that the twin is not on
+    # they change how a step is computed, not the step; some need a device
+    # that the twin is not on
     *('foreach', 'fused', 'capturable', 'differentiable'),
 }
 
 
 class Traits(NamedTuple):
-    """What is known of an optimizer; None for what is not."""
+    """What is known of an optimizer; None for what is unknown."""
 
     #: Whether v <- beta2 v + (1 - beta2) g^2 is kept of each element.
     elementwise: Optional[bool] = None
@@ -56,8 +57,8 @@ _known: 'WeakKeyDictionary[torch.optim.Optimizer, Traits]' = (
 def traits_of(optimizer: torch.optim.Optimizer) -> Traits:
     """Probe an optimizer, once.
 
-    It is not changed, nor is the global random state. What cannot be built
-    or stepped so is unknown.
+    Neither it nor the global random state is changed. If a twin cannot be
+    built or stepped, all is unknown.
     """
     if optimizer not in _known:
         _known[optimizer] = _probe(optimizer)
@@ -67,9 +68,9 @@ def traits_of(optimizer: torch.optim.Optimizer) -> Traits:
 def param_states(
     optimizer: torch.optim.Optimizer,
 ) -> List[Tuple[Tensor, Dict[str, Any]]]:
-    """Each parameter with its state, if it has any.
+    """The parameters that have a state, each with it.
 
-    Some optimizers keep more in ``optimizer.state``, under names.
+    Other entries, which some optimizers keep under names, are left out.
     """
     states = []
     for group in optimizer.param_groups:
@@ -84,8 +85,8 @@ def param_states(
 def is_adams(param: Tensor, values: Dict[str, Any]) -> bool:
     """Whether a state may be Adam's, with v of each element.
 
-    Beside it there may be numbers and other tensors of the parameter's shape;
-    anything else is a basis, or a projection, that v may be kept in.
+    Beside it there may be numbers and other tensors of the parameter's shape.
+    Anything else is a basis or a projection, in which v may be kept.
     """
     return isinstance(values.get('exp_avg_sq'), Tensor) and all(
         value.shape == param.shape or value.numel() == 1
@@ -98,19 +99,19 @@ def is_adams(param: Tensor, values: Dict[str, Any]) -> bool:
 def _probe(optimizer: torch.optim.Optimizer) -> Traits:
     inside = optimizers_in(optimizer)[1:]
     if inside:
-        # it may change gradients or steps of those inside; what counts is
-        # whether they see the groups that are given another rate
+        # it may change gradients or steps of those inside; rates take effect
+        # if these see the same groups
         seen = {id(group) for each in inside for group in each.param_groups}
         groups = optimizer.param_groups
         return Traits(False, all(id(group) in seen for group in groups))
     found = []
     for options in _options(optimizer):
-        if 'use_muon' in options:  # a matrix and a vector in a group of each
+        if 'use_muon' in options:  # its groups do not mix matrices and vectors
             return Traits()
         try:
             with _leaving_no_trace():
                 found.append(_try(optimizer, options))
-        except Exception:  # whatever it needs and does not have here
+        except Exception:  # it may need something that is missing here
             return Traits()
     return Traits(
         all(traits.elementwise for traits in found),
@@ -122,9 +123,9 @@ def _probe(optimizer: torch.optim.Optimizer) -> Traits:
 
 @contextmanager
 def _leaving_no_trace() -> Iterator[None]:
-    """Nothing random, and nothing said, counts outside."""
+    """Keep random states outside as they are, and hide warnings."""
     state = random.getstate()
-    numpy = sys.modules.get('numpy')  # who has not imported it draws nothing
+    numpy = sys.modules.get('numpy')  # if not imported, it is not used
     numpy_state = numpy.random.get_state() if numpy else None
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -156,7 +157,7 @@ def _try(optimizer: torch.optim.Optimizer, options: Dict[str, Any]) -> Traits:
     before, after = equal.moved(), other.moved()
     scales: Optional[bool] = None
     if all(0 < distance < float('inf') for distance in before + after):
-        # as much faster as the first group, or faster than it
+        # 1 if both groups became faster alike, more if the second one did
         gain = after[1] / before[1] / (after[0] / before[0])
         scales = gain > 1.1
     return Traits(elementwise, scales)
@@ -166,8 +167,8 @@ class _Twin:
     """An optimizer of two groups of small parameters.
 
     Args:
-        optimizer: Whose class, attributes and defaults it has.
-        options: Of both groups.
+        optimizer: The original, with its class, attributes and defaults.
+        options: Options of both groups.
         rates: Factors of the groups' learning rates.
     """
 
@@ -255,7 +256,7 @@ class _Twin:
         return torch.zeros(param.shape)
 
     def moved(self) -> List[float]:
-        """How far the parameters of each group have come."""
+        """How far the parameters of each group have moved."""
         return [
             sum(
                 (param.detach() - first).square().sum().item()

@@ -1,4 +1,4 @@
-"""Sees each rank's local gradients, before they are averaged."""
+"""Reads each rank's local gradients, before they are averaged."""
 
 from abc import abstractmethod
 from typing import (
@@ -22,7 +22,7 @@ from mmagvm.core.wrapped import called_by
 
 from .base import GradVariance
 
-#: By the setting ``comm_hook``: torch's hook that averages gradients.
+#: torch's hooks that average gradients, by the setting ``comm_hook``.
 COMM_HOOKS: Dict[Optional[str], Optional[Callable[..., Any]]] = {
     None: None,
     'fp16': default_hooks.fp16_compress_hook,
@@ -36,12 +36,12 @@ FLOAT16_HOOKS = ('fp16_compress_hook', 'fp16_compress_wrapper')
 class RankVariance(GradVariance):
     """Measures over ranks: each rank's gradient is one sample.
 
-    A parameter's own hook, which runs as soon as its gradient has been
-    accumulated, sees the gradient just before DistributedDataParallel takes
-    it to be averaged. The hooks exist during the backward of measured updates
-    only; DistributedDataParallel and its communication hook, if any, are left
-    as they are, so every other update is plain training, instruction by
-    instruction, and all of training is bit for bit what it would be.
+    A hook of each parameter runs as soon as its gradient has been
+    accumulated, just before DistributedDataParallel takes it to be averaged.
+    The hooks exist only during the backward pass of measured updates, and
+    DistributedDataParallel and its communication hook, if any, are left as
+    they are. So every other update is plain training, instruction by
+    instruction, and measuring changes no bit of the gradients.
 
     Args:
         optimizer: As in the base class.
@@ -74,12 +74,12 @@ class RankVariance(GradVariance):
                 model.register_comm_hook(self.group, hook)
             except (RuntimeError, TypeError) as error:
                 raise ValueError(
-                    f'comm_hook={comm_hook!r} in optim_wrapper cannot be had; '
+                    f'comm_hook={comm_hook!r} in optim_wrapper cannot be set: '
                     'leave it out, or remove the communication hook that the '
-                    f'model has already, if that is the reason: {error}'
+                    f'model has already, if that is the reason ({error})'
                 ) from error
         self._sends_float16 = sends_float16(model)
-        #: By parameter: |what its gradient loses|^2 and |gradient|^2, (2,).
+        #: By parameter: |lost part of gradient|^2 and |gradient|^2, (2,).
         self._losses: Dict[Tensor, Tensor] = {}
 
     def before_last_backward(self) -> None:
@@ -99,7 +99,7 @@ class RankVariance(GradVariance):
             if param.grad is not None:
                 self.see(param, param.grad, group)
 
-        # of earlier micro-batches: the last may not use the parameter
+        # a gradient of earlier micro-batches, in case the last one has none
         see(param)
         return param.register_post_accumulate_grad_hook(see)
 
@@ -133,7 +133,7 @@ class RankVariance(GradVariance):
             group: The parameter group that it belongs to.
         """
         if self._sends_float16:
-            # in the order of the hook
+            # in the same order of operations as the hook
             sent = grad.to(torch.float16, copy=True).div_(self.world_size)
             lost = sent.to(grad.dtype).mul_(self.world_size).sub_(grad)
             self._losses[param] = self.squares(
@@ -142,12 +142,12 @@ class RankVariance(GradVariance):
 
 
 def read_here(tensors: Iterable[Tensor]) -> None:
-    """Tell the allocator that this stream reads what hooks have computed.
+    """Let the allocator know that this stream reads the hooks' results.
 
     Autograd runs a hook on the stream of its parameter, which need not be
     the one that measures. ``backward`` returns with the latter waiting for
-    the former, so values are there. But memory goes back to the stream that
-    it is of, which could overwrite it while it is read.
+    the former, so the values are ready. But freed memory goes back to the
+    stream that allocated it, which could overwrite it while it is read.
     """
     for tensor in tensors:
         if tensor.is_cuda:

@@ -1,12 +1,12 @@
-"""Sees each rank's local gradients where parameters are kept in shards.
+"""Reads each rank's local gradients where parameters are sharded.
 
 torch's ``fully_shard`` (FSDP2) cuts every parameter along its first dimension
-into one shard for each rank of a group. When a unit, a module whose parameters
-travel together, has its gradients, it lays them into one tensor, a row for
-each rank, and a reduce-scatter leaves each rank the mean of its own row. A
-unit may be given another function for this, which is where local gradients
-are seen; which part of a row is whose is told by the hooks of the parameters,
-which torch calls in the order of the row.
+into one shard for each rank of a group. A unit is a module with parameters
+that are communicated together. When it has its gradients, it lays them into
+one tensor, a row for each rank, and a reduce-scatter leaves each rank the mean
+of its own row. A unit accepts another function for this, which is where local
+gradients are read. torch calls the hooks of the parameters in the order of the
+row, which shows the part of each.
 """
 
 import logging
@@ -27,14 +27,14 @@ from .split import Split
 
 logger = logging.getLogger('mmagvm')
 
-#: What units call their reduce-scatter by; torch has renamed it.
+#: The reduce-scatter that units call; torch has renamed it.
 reduce_scatter = getattr(
     dist, 'reduce_scatter_single', dist.reduce_scatter_tensor
 )
 
 
 class Reduction:
-    """The reduce-scatter of a unit, which an estimator looks into.
+    """The reduce-scatter of a unit, with an estimator that reads its input.
 
     Outside of measured updates it is torch's own.
     """
@@ -67,16 +67,16 @@ class Reduction:
 
 class ShardVariance(GradVariance):
     """Measures over ranks and micro-batches: each backward pass of a rank is
-    a sample, as each of them is averaged by itself.
+    a sample, as each of them is averaged separately.
 
     Args:
         optimizer: As in the base class, with the sharded parameters.
         modules: As in the base class.
-        model: On which, and on units in which, ``fully_shard`` was called.
+        model: The model. ``fully_shard`` was called on it and on its units.
         micro_batches: In an update.
 
     Raises:
-        ValueError: The model is sharded in a way that is not understood.
+        ValueError: The model is sharded in a way that is not supported.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class ShardVariance(GradVariance):
         self.replicas = mesh.size(0) if mesh.ndim == 2 else 1
         self.shard_group = mesh.get_group(mesh.ndim - 1)
         self.replica_group = mesh.get_group(0) if mesh.ndim == 2 else None
-        #: Whether this rank tells of what all replicas know alike.
-        self.tells = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
+        #: Whether this rank sends the values that all replicas share.
+        self._sends_shared = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
         self._model = model
         self._group_of: Dict[Tensor, Dict[str, Any]] = {}
         self._handles: List[Any] = []
         self._rows: Optional[Tensor] = None
         self._taken = 0
-        self._told = False
+        self._reported = False
         reduction: Any = Reduction(self)
         for module in model.modules():
             if isinstance(module, unit_class()):
@@ -117,7 +117,7 @@ class ShardVariance(GradVariance):
             for group in self.measured_groups()
             for param in group['params']
         }
-        # of all parameters, as any may lie in a row
+        # for all parameters, as any may be in a row
         for param in self._model.parameters():
             if param.requires_grad:
                 handle = param.register_post_accumulate_grad_hook(self._take)
@@ -140,14 +140,14 @@ class ShardVariance(GradVariance):
 
         Args:
             rows: Flat, one row for each rank of ``group``, each zero-padded.
-            group: Over which they are scattered.
-            op: By which they are reduced.
+            group: Ranks over which they are scattered.
+            op: Operation by which they are reduced.
         """
         if op != dist.ReduceOp.AVG:
             self._spoil(
-                f'gradients of shards travel as {rows.dtype}, which torch '
-                'divides before they are reduced, or are divided by a factor '
-                'of their own: reduce float32 or bfloat16, without '
+                f'gradients of shards are sent as {rows.dtype}, which torch '
+                'divides before they are reduced, or are divided by another '
+                'factor: reduce float32 or bfloat16, without '
                 'set_gradient_divide_factor'
             )
             return
@@ -160,10 +160,10 @@ class ShardVariance(GradVariance):
     def rows_to_take(
         self, rows: Tensor, group: dist.ProcessGroup, op: Any
     ) -> Tensor:
-        """Of :meth:`see_rows`, what :meth:`take` needs, (rows, row)."""
+        """From those of :meth:`see_rows`, the rows for :meth:`take`."""
 
     def _take(self, param: Tensor) -> None:
-        """The hook of a parameter, whose part of the rows is the next one."""
+        """The hook of the parameter that has the next part of the rows."""
         rows = self._rows
         if not self.measuring or rows is None:
             return
@@ -193,11 +193,11 @@ class ShardVariance(GradVariance):
         self._rows, self._taken = None, 0
 
     def _spoil(self, why: str) -> None:
-        """Give up this measurement, and say why once."""
+        """Give up this measurement, and log the reason once."""
         self.drop()
         self.spoiled = why
-        if not self._told:
-            self._told = True
+        if not self._reported:
+            self._reported = True
             logger.warning('nothing is measured, because %s', why)
 
     def grad_norm(self, norm_type: float) -> Tensor:
@@ -213,8 +213,8 @@ class ShardVariance(GradVariance):
 class PairsShards(Pairs, ShardVariance):
     """Every sample against every other: 2 h numbers to send.
 
-    For Adam's family also g^2, in the units' order: v lies in shards, too,
-    and sum_r g_r^2 / (sqrt(v) + eps)^2 can be had of each.
+    For Adam's family ranks also send g^2, in the units' order: v is sharded,
+    too, and sum_r g_r^2 / (sqrt(v) + eps)^2 can be computed of each shard.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -264,7 +264,7 @@ class PairsShards(Pairs, ShardVariance):
         return self.sum_by_module(square_of) * factor
 
     def shared(self, squares: Tensor) -> Tensor:
-        if not self.tells:
+        if not self._sends_shared:
             squares[:, 1] = 0
         dist.all_reduce(squares)
         return squares
@@ -328,7 +328,7 @@ class SplitShards(Split, ShardVariance):
                 signed[param] = part.view(signed[param].shape)
 
     def shared(self, norms: Tensor) -> Tensor:
-        if not self.tells:
+        if not self._sends_shared:
             norms.zero_()
         dist.all_reduce(norms)
         return norms
@@ -337,7 +337,7 @@ class SplitShards(Split, ShardVariance):
 def unit_class() -> Any:
     """The class of units.
 
-    It is not imported where nothing is sharded, as it brings much with it.
+    It is imported only where parameters are sharded, as the import is large.
 
     Raises:
         ValueError: This torch has none, or one that shows no gradients.
@@ -349,7 +349,7 @@ def unit_class() -> Any:
     except (ImportError, AssertionError):
         raise ValueError(
             f'torch {torch.__version__} does not let AGVM see gradients of '
-            'shards: use a newer one, such as 2.13, or train with '
+            'shards: use a newer version, such as 2.13, or train with '
             'MMDistributedDataParallel'
         ) from None
     return FSDPModule
@@ -359,13 +359,13 @@ def mesh_of(model: nn.Module) -> Any:
     """The device mesh over which a model is sharded.
 
     Raises:
-        ValueError: It is sharded in a way that is not understood; says which
-            one is.
+        ValueError: It is sharded in a way that is not supported; the message
+            says which one is.
     """
-    way = 'use FullyShardStrategy, which shards as AGVM understands'
+    way = 'use FullyShardStrategy, which shards as AGVM needs it'
     if not isinstance(model, unit_class()):
         raise ValueError(
-            f'parameters are sharded, and the model is a '
+            f'parameters are sharded, but the model is a '
             f'{type(model).__name__} on which fully_shard was not called: '
             f'{way}'
         )
@@ -374,7 +374,7 @@ def mesh_of(model: nn.Module) -> Any:
         if not is_sharded(param):
             if param.requires_grad:
                 raise ValueError(
-                    f'{name} is not sharded, so that ranks do not average its '
+                    f'{name} is not sharded, so ranks do not average its '
                     f'gradient: freeze it (requires_grad=False), or {way}'
                 )
             continue
@@ -386,7 +386,7 @@ def mesh_of(model: nn.Module) -> Any:
             or placements[-1].dim != 0
         ):
             raise ValueError(
-                f'{name} is sharded as {placements}, and AGVM understands '
+                f'{name} is sharded as {placements}, but AGVM supports only '
                 f'shards of the first dimension: {way}'
             )
         meshes.append(mesh)
@@ -396,7 +396,7 @@ def mesh_of(model: nn.Module) -> Any:
     if mesh.size() != dist.get_world_size() or mesh.size(mesh.ndim - 1) == 1:
         raise ValueError(
             f'the model is sharded over {mesh}, of {dist.get_world_size()} '
-            'ranks: shard it over 2 or more of them, and all replicas of '
-            f'that together over all ranks; {way}'
+            'ranks: shard it over 2 or more of them, with replicas if these '
+            f'are not all, or {way}'
         )
     return mesh

@@ -1,7 +1,7 @@
 """Estimator ``split``, the paper's: one half of the batch against the other.
 
-The halves' gradients are G1 and G2. Their sum S is what training computes
-anyway, in ``param.grad``; D = G1 - G2 is what each source here provides.
+The halves' gradients are G1 and G2. Training computes their sum S anyway, in
+``param.grad``. Each class here adds D = G1 - G2 for one source of gradients.
 """
 
 from abc import abstractmethod
@@ -58,9 +58,9 @@ class SplitRanks(Split, RankVariance):
     """Even ranks against odd ranks.
 
     A measured update sends every gradient a second time, with the sign of the
-    rank's half, after the backward pass. (During it would mean to share the
-    order of DistributedDataParallel's messages, in its communication hook,
-    which costs every other update a pass over the gradients.)
+    rank's half, after the backward pass. (To send it during that pass would
+    take a communication hook that keeps DistributedDataParallel's order of
+    messages. This costs every other update a pass over the gradients.)
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -71,9 +71,9 @@ class SplitRanks(Split, RankVariance):
         self._views: Dict[Tensor, Tensor] = {}
 
     def before_last_backward(self) -> None:
-        # zeros: a parameter that this rank does not use others may. Memory of
-        # this stream, which hooks of others only fill: backward makes them
-        # wait for the zeros, and this stream for them before all is sent
+        # zeros, as other ranks may use a parameter that this one does not.
+        # The memory is this stream's, and hooks on other streams only fill
+        # it: in backward they wait for the zeros, and this stream for them
         self._chunks, self._views = _chunks_like(
             [
                 param
