@@ -695,8 +695,8 @@ def test_several_optimizers_are_refused_before_training(tmp_path, hook, error):
 @pytest.mark.parametrize(
     'settings, told',
     [
-        (dict(begin=9), 'begin=9 is behind the last update, 7, .*set .*begin'),
-        (dict(begin=8), 'begin=8 is behind the last update, 7, '),
+        (dict(begin=9), 'begin=9 is after the last update, 7, .*set .*begin'),
+        (dict(begin=8), 'begin=8 is after the last update, 7, '),
         (
             dict(interval=99),
             'interval=99 is not less than the 7 updates that are left .* so 1 '

@@ -1,6 +1,7 @@
 """AGVM in MMEngine: optimizer wrappers, their constructor, the hook.
 
-Importing this repairs what must be before a config is read: see ``host``.
+Importing this makes the repairs that are needed before a config is read: see
+``host``.
 """
 
 from mmagvm.engine.amp_optim_wrapper import AGVMAmpOptimWrapper

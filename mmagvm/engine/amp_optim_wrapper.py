@@ -15,14 +15,14 @@ from mmagvm.recipes.registry import register
 class AGVMAmpOptimWrapper(AGVMOptimWrapper, AmpOptimWrapper):
     """:class:`AGVMOptimWrapper` with MMEngine's mixed precision.
 
-    An update that the loss scaler skips, because a gradient overflowed, is no
-    update: it does not count, and as its measurement is not finite either, mu
-    stays. All ranks skip alike, since all see the same averaged gradients.
-    (With ``fused=True`` the optimizer skips by itself, on the device; such
-    updates count, as asking the device each time would cost a transfer.)
+    An update that the loss scaler skips, because a gradient overflowed, does
+    not count. Its measurement is not finite either, so mu stays. All ranks
+    skip alike, since all have the same averaged gradients. (With
+    ``fused=True`` the optimizer itself skips, on the device. Such updates
+    count, as asking the device each time would cost a transfer.)
 
     Args:
-        kwargs: Of :class:`AGVMOptimWrapper` and of MMEngine's
+        kwargs: Arguments of :class:`AGVMOptimWrapper` and of MMEngine's
             ``AmpOptimWrapper``, such as ``dtype='bfloat16'`` and
             ``loss_scale='dynamic'``.
     """

@@ -1,4 +1,4 @@
-"""What another optimizer constructor would give each parameter."""
+"""The options that another optimizer constructor gives each parameter."""
 
 import copy
 from typing import Any, Dict, Iterator, List, Set, Tuple, Union
@@ -10,18 +10,18 @@ from torch import nn
 
 
 class BaseConstructor:
-    """Lets a constructor build with an optimizer that only takes notes.
+    """Runs a constructor with an optimizer that only records its groups.
 
-    So it may do whatever it does: override ``add_params``, or make its groups
-    in ``__call__``.
+    So any constructor works, whether it overrides ``add_params`` or makes its
+    groups in ``__call__``.
 
     Args:
-        kind: Its class, or the registered name of that.
+        kind: The constructor's class, or its registered name.
         optimizer_cfg: The optimizer's config.
-        paramwise_cfg: Its own options.
+        paramwise_cfg: The constructor's own options.
 
     Raises:
-        ValueError: It groups by module itself.
+        ValueError: The constructor is not registered, or is AGVM's own.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class BaseConstructor:
         if found is None:
             raise ValueError(
                 f'base_constructor={self.name!r} in optim_wrapper is not '
-                'registered: write the constructor of the original config, '
-                'and its package in custom_imports, or leave it out'
+                'registered: name the constructor of the original config and '
+                'add its package to custom_imports, or leave it out'
             )
         if self.name == 'AGVMOptimWrapperConstructor':
             raise ValueError(
                 f'base_constructor={self.name!r} in optim_wrapper cannot be '
-                'the base of itself: name that of the original config, or '
-                'leave it out'
+                'the base of itself: name the constructor of the original '
+                'config, or leave it out'
             )
         self._optimizer_type = optimizer_cfg['type']
         self._options = _Noted(copy.deepcopy(paramwise_cfg))
@@ -66,16 +66,16 @@ class BaseConstructor:
             )
         )
         if isinstance(self._constructor, DefaultOptimWrapperConstructor):
-            # MMEngine has checked it for all that inherit
+            # MMEngine's check has read it, for all derived classes
             self._options.read.discard('custom_keys')
 
     def options_of_params(
         self, model: nn.Module
     ) -> Tuple[List[Dict[str, Any]], Dict[str, Any]]:
-        """Groups as the constructor makes them, and the optimizer's config.
+        """The constructor's groups, and the optimizer's config.
 
         Args:
-            model: In no wrapper.
+            model: The model without wrappers.
 
         Raises:
             ValueError: A key of ``paramwise_cfg`` is not used.
@@ -94,7 +94,7 @@ class BaseConstructor:
             raise ValueError(
                 f'base_constructor={self.name!r} in optim_wrapper does not '
                 'build the one optimizer of optim_wrapper.optimizer, so its '
-                'options cannot be read: say them in paramwise_cfg.custom_keys'
+                'options cannot be read: set them in paramwise_cfg.custom_keys'
             )
         return (
             optimizer.param_groups,
@@ -109,7 +109,7 @@ class _Recorder(torch.optim.Optimizer):
         groups = list(params)
         if not groups or not isinstance(groups[0], dict):
             groups = [dict(params=groups)]
-        # not the base class's, which refuses shared parameters
+        # without the base class, which refuses shared parameters
         self.param_groups = [
             {**group, 'params': _as_list(group['params'])} for group in groups
         ]
@@ -140,7 +140,7 @@ class _Noted(Dict[str, Any]):
         self.read.add(key)
         return super().pop(key, *default)
 
-    # whoever copies it or goes through it may read all of it
+    # a copy of it or a loop over it may read all of it
 
     def __iter__(self) -> Iterator[str]:
         self.read.update(dict.keys(self))

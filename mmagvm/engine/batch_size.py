@@ -1,4 +1,4 @@
-"""How many images a rank gets at once: as the loader tells, or as they come.
+"""The images per rank, from the data loader or from the first batch.
 
 What is not certain is None, never a guess.
 """
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def batch_sizes(dataloader: Any) -> List[int]:
-    """Sizes that a data loader tells its batches have, each once.
+    """The batch sizes that a data loader states, each once.
 
     Returns:
-        Several if it takes turns between data sets, as mmdet's
-        MultiDataAspectRatioBatchSampler; none if it does not tell.
+        Several if it alternates between data sets, as mmdet's
+        MultiDataAspectRatioBatchSampler does; empty if it states none.
     """
     sampler = getattr(dataloader, 'batch_sampler', None)
     sizes = getattr(sampler, 'batch_size', None)
@@ -25,7 +25,7 @@ def batch_sizes(dataloader: Any) -> List[int]:
 
 
 def count_images(batch: Any) -> Optional[int]:
-    """Images of a batch that has arrived; None where that cannot be told.
+    """The number of images of a loaded batch; None if it is not certain.
 
     Args:
         batch: With ``inputs`` and maybe ``data_samples``, as OpenMMLab's
@@ -49,7 +49,7 @@ def count_images(batch: Any) -> Optional[int]:
 
 
 def _length(images: Any) -> Optional[int]:
-    """Of a list of images, or a tensor of a batch; not of one image."""
+    """The length of a list of images or a batched tensor; None for others."""
     if isinstance(images, Tensor):
         return None if images.dim() in (0, 3) else len(images)
     return len(images) if isinstance(images, (list, tuple)) else None
@@ -58,8 +58,8 @@ def _length(images: Any) -> Optional[int]:
 def _of_branches(branches: Dict[str, Any]) -> Optional[int]:
     """Images in the branches of a semi-supervised model's batch.
 
-    A branch has None for those that it has no part in; without these, the
-    same image is in several branches, once for each augmentation.
+    A branch has None for images that it does not use. Without such entries,
+    the same image is in several branches, once for each augmentation.
     """
     parts = [list(branch or ()) for branch in branches.values()]
     lengths = {len(part) for part in parts}

@@ -1,7 +1,7 @@
-"""What the types of configs are called: strings, classes or lazy objects.
+"""Names of the types in configs: strings, classes or lazy objects.
 
-Old configs name classes by strings; pure Python ones (``read_base``) hold the
-classes themselves, and a file that MMEngine has dumped of them full paths.
+Old configs name classes by strings. Pure Python ones (``read_base``) hold the
+classes themselves, and files that MMEngine dumps of them have full paths.
 """
 
 from typing import Any
@@ -11,10 +11,11 @@ from mmengine.config.lazy import LazyAttr, LazyObject
 
 
 def type_path(kind: Any) -> str:
-    """The string that MMEngine's registries find the same class by.
+    """The string by which MMEngine's registries find the same class.
 
     Args:
-        kind: A name, which stays; a class, a function or a lazy object.
+        kind: A name, which stays as it is; a class, a function or a lazy
+            object.
     """
     if kind is None or isinstance(kind, str):
         return kind or ''
@@ -31,10 +32,10 @@ def type_name(kind: Any) -> str:
 
 
 def package_of(cfg: Config) -> str:
-    """Whose configs these are, such as 'mmdet'; '' if nothing says so.
+    """The package that a config is for, such as 'mmdet'; '' if unknown.
 
-    The default scope or, of pure Python ones which have none, the package of
-    the model's class.
+    It is the default scope. Pure Python configs have none: for them it is the
+    package of the model's class.
     """
     scope = cfg.get('default_scope')
     if scope:
@@ -78,7 +79,7 @@ def import_types(value: Any) -> None:
     """Import all that a part of a config names lazily.
 
     Raises:
-        ImportError: It is not there.
+        ImportError: One of them does not exist.
     """
     if isinstance(value, dict):
         for item in dict.values(value):

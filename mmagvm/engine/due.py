@@ -1,4 +1,4 @@
-"""Whether a run measures at all: what can be told before, and after it."""
+"""Checks, before and after a run, whether it measures anything."""
 
 from typing import Optional
 
@@ -6,32 +6,32 @@ from mmagvm.core.agvm import AGVM
 
 
 def too_few_due(agvm: AGVM, updates: int) -> Optional[str]:
-    """Why the rest of a run measures nothing that matters.
+    """Why the rest of a run measures too little.
 
     Args:
-        agvm: At the start, or where the run is resumed.
-        updates: That are still to come, with all of their micro-batches.
+        agvm: At the start of the run, or where it is resumed.
+        updates: Number of updates that remain, with all their micro-batches.
 
     Returns:
-        A sentence with what to write; None if all is well.
+        A sentence with what to write; None if it measures enough.
     """
     settings, first = agvm.settings, agvm.update
     last = first + updates
     due = settings.due_between(first + (not agvm.can_measure), last)
-    # the end was reached before, or all that could be measured is
+    # no update is left, or there are or were measurements
     if updates < 1 or len(due) > 1 or agvm.modulator.measured:
         return None
     if settings.begin >= last:
         return (
-            f'begin={settings.begin} is behind the last update, {last - 1}, '
-            'so none is measured: set optim_wrapper.begin to less, such as '
-            f'{first + updates // 10}'
+            f'begin={settings.begin} is after the last update, {last - 1}, so '
+            'none is measured: set optim_wrapper.begin to a lower number, '
+            f'such as {first + updates // 10}'
         )
     if settings.end is not None and settings.end <= first:
         return (
-            f'end={settings.end} is before the first update to come, '
-            f'{first}, so none is measured: set optim_wrapper.end to more, '
-            'or to None'
+            f'end={settings.end} is not after the next update, {first}, so '
+            'none is measured: set optim_wrapper.end to a higher number, or '
+            'to None'
         )
     left = last - max(first, settings.begin)
     if settings.interval >= left > 1:
@@ -39,15 +39,16 @@ def too_few_due(agvm: AGVM, updates: int) -> Optional[str]:
             f'interval={settings.interval} is not less than the {left} '
             f'updates that are left from begin={settings.begin} to the last '
             f'one, so {len(due) or "none"} is measured: set '
-            f'optim_wrapper.interval to less, such as {max(1, left // 10)}'
+            'optim_wrapper.interval to a lower number, such as '
+            f'{max(1, left // 10)}'
         )
     if not due:
         return (
             f'begin={settings.begin}, end={settings.end} and '
-            f'interval={settings.interval} leave no update of {first} to '
+            f'interval={settings.interval} leave no update from {first} to '
             f'{last - 1} to be measured, as the optimizer has no state '
             'before its first step: set optim_wrapper.begin to 1 or more, or '
-            'optim_wrapper.interval to less'
+            'optim_wrapper.interval to a lower number'
         )
     return None
 
@@ -56,13 +57,13 @@ def nothing_measured(agvm: AGVM, first: int, updates: int) -> Optional[str]:
     """Why a run that has ended has measured nothing.
 
     Args:
-        agvm: At its end.
-        first: The update that it began with.
-        updates: That it should have made.
+        agvm: At the end of the run.
+        first: Its first update.
+        updates: Number of updates that it should have made.
 
     Returns:
-        A sentence; None if nothing was due, and need not have been, since
-        the run was resumed from one that had measured.
+        A sentence. None if nothing was due because the run was resumed from
+        one that had measured.
     """
     settings, reasons = agvm.settings, agvm.why_missed()
     if not settings.due_between(first, first + updates):

@@ -1,7 +1,7 @@
-"""What the hosting MMEngine and torch must have, checked and repaired.
+"""Checks and repairs of the installed MMEngine and torch.
 
-Each repair is made only where the installed version needs it, is told once in
-the log of a run with AGVM, and changes no training without AGVM.
+Each repair is made only where the installed version needs it. It is reported
+once in the log of a run with AGVM, and changes no training without AGVM.
 """
 
 from functools import partial
@@ -25,18 +25,19 @@ TORCH_MINIMUM = '2.1.0'
 STATISTICS = ('min', 'max', 'current', 'mean')
 
 
-#: What was repaired, for the log, each with the report of the fault.
+#: What was repaired, for the log, with the report of the fault if any.
 repairs: List[str] = []
 
 
 def repair_at_import() -> None:
-    """What must be there before a config or a checkpoint is read."""
+    """Make the repairs that are needed before a config or checkpoint is read.
+    """
     allow_checkpoints()
     find_mmseg_bases()
 
 
 def check_versions() -> None:
-    """Raise ImportError if the host is older than what was developed for."""
+    """Raise ImportError if MMEngine or torch is older than supported."""
     for name, installed, minimum in (
         ('mmengine', mmengine.__version__, MMENGINE_MINIMUM),
         ('torch', torch.__version__, TORCH_MINIMUM),
@@ -51,8 +52,8 @@ def check_versions() -> None:
 def find_mmseg_bases() -> None:
     """Let ``mmseg::`` bases be found in the onedl fork, as upstream's are.
 
-    MMEngine looks up where the package mmsegmentation lies, and the fork's
-    has another name. That of the module serves as well.
+    MMEngine looks up the location of the package mmsegmentation, which has
+    another name in the fork. The module's name serves as well.
     """
     try:
         version('mmsegmentation')
@@ -65,11 +66,12 @@ def find_mmseg_bases() -> None:
 def keep_gradients_of_checkpointed_modules() -> None:
     """Let MMEngine's ``activation_checkpointing`` train the first module too.
 
-    It takes torch's reentrant checkpointing, which gives no gradient to a
-    module whose inputs need none: a backbone, fed with images, silently
-    stays as it was initialized. Made when AGVM's optimizer wrapper is built.
+    MMEngine uses torch's reentrant checkpointing, which gives no gradient to a
+    module whose inputs need none. A backbone, which gets images, silently
+    stays as it was initialized. The repair is made when AGVM's optimizer
+    wrapper is built.
     """
-    if activation_checkpointing.checkpoint is checkpoint:  # torch's, bare
+    if activation_checkpointing.checkpoint is checkpoint:  # torch's, unchanged
         activation_checkpointing.checkpoint = partial(
             checkpoint, use_reentrant=False
         )
@@ -82,10 +84,10 @@ def keep_gradients_of_checkpointed_modules() -> None:
 def allow_checkpoints() -> None:
     """Let torch >= 2.6 load what MMEngine saves, and nothing more.
 
-    Since 2.6 ``torch.load`` refuses every type that it does not know, and
-    MMEngine 0.10.7 stores its logged scalars as :class:`HistoryBuffer`, over
-    numpy arrays, and best scores as numpy numbers. These are declared safe;
-    the check stays on.
+    Since 2.6 ``torch.load`` refuses every type that it does not know. MMEngine
+    0.10.7 stores its logged scalars as :class:`HistoryBuffer`, over numpy
+    arrays, and best scores as numpy numbers. These are declared safe; the
+    check stays on.
     """
     if digit_version(torch.__version__) < digit_version('2.6.0'):
         return
@@ -103,12 +105,12 @@ def allow_checkpoints() -> None:
             array,
             scalar,
             *(type(np.dtype(kind)) for kind in ('f4', 'f8', 'i4', 'i8', 'b1')),
-            # where numpy 1 and where numpy 2 has them, whichever wrote
+            # their paths in numpy 1 and numpy 2, whichever wrote the file
             (array, 'numpy.core.multiarray._reconstruct'),
             (scalar, 'numpy.core.multiarray.scalar'),
             (array, 'numpy._core.multiarray._reconstruct'),
             (scalar, 'numpy._core.multiarray.scalar'),
-            # getattr itself would open every door
+            # getattr itself would give access to everything
             (_statistics_method, 'builtins.getattr'),
         ]
     )

@@ -1,4 +1,4 @@
-"""Messages of the core, which knows no MMEngine, in the log of the run."""
+"""Sends messages of the core, which has no MMEngine, to the run's log."""
 
 import logging
 
@@ -6,7 +6,7 @@ from mmengine.logging import print_log
 
 
 class Forward(logging.Handler):
-    """Hands records to the logger that MMEngine uses at the moment."""
+    """Passes records to the logger that MMEngine uses at the moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print_log(
@@ -17,7 +17,7 @@ class Forward(logging.Handler):
 
 
 def forward_messages() -> None:
-    """Once, whatever is imported how often."""
+    """Install the handler, once however often this is called."""
     core = logging.getLogger('mmagvm')
     if not any(isinstance(handler, Forward) for handler in core.handlers):
         core.addHandler(Forward())

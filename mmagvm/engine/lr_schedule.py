@@ -1,4 +1,4 @@
-"""What AGVM needs of a run's schedule: all groups in it, and its warm-up."""
+"""Fits a run's schedulers to its groups, and finds the warm-up."""
 
 import math
 from typing import Sequence
@@ -11,11 +11,11 @@ from mmagvm.engine.optim_wrapper import AGVMOptimWrapper
 def fit_schedulers(
     wrapper: AGVMOptimWrapper, schedulers: Sequence[_ParamScheduler]
 ) -> None:
-    """Give schedulers the values of each group that there is now.
+    """Give schedulers the values of the groups of this run.
 
-    A checkpoint whose optimizer was grouped otherwise leaves them with one
-    for each group that there was, and MMEngine's cosine schedulers and
-    ReduceOnPlateauLR then forget the groups beyond.
+    A checkpoint with other groups leaves them with one value for each of
+    those. MMEngine's cosine schedulers and ReduceOnPlateauLR then ignore any
+    further groups.
     """
     count = len(wrapper.param_groups)
     for scheduler in schedulers:
@@ -35,12 +35,13 @@ def warmup_updates(
     max_iters: int,
     accumulative_counts: int,
 ) -> int:
-    """Updates in which the learning rate grows from the start.
+    """The number of updates in which the learning rate grows at the start.
 
     Args:
-        schedulers: Of a run, built.
+        schedulers: The built schedulers of a run.
         epoch_length: Iterations of an epoch.
-        max_iters: Of the run. What grows as long as that is no warm-up.
+        max_iters: Iterations of the run. A rise that lasts as long is not a
+            warm-up.
         accumulative_counts: Iterations of an update.
 
     Returns:
@@ -56,7 +57,7 @@ def warmup_updates(
 
 
 def warmup_end(scheduler: _ParamScheduler) -> float:
-    """The step at which a scheduler ends to raise the rate; 0 if none."""
+    """The step at which a scheduler stops raising the rate; 0 if none."""
     if (
         # of LinearLR and ExponentialWarmupLR, and of ConstantLR
         getattr(scheduler, 'start_factor', 1)

@@ -35,7 +35,7 @@ class AGVMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             ``base_constructor`` is the type of the other constructor, such as
             'LearningRateDecayOptimizerConstructor' for layer-wise decay;
             defaults to 'DefaultOptimWrapperConstructor'.
-        paramwise_cfg: Of the other constructor.
+        paramwise_cfg: Options of the other constructor.
 
     Raises:
         ValueError: A module of ``modules`` has no trainable parameters, the
@@ -104,7 +104,7 @@ def refuse_other_arguments(kind: Union[str, type]) -> None:
     """Raise a ValueError if an optimizer does not take parameters."""
     optimizer = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
     if not inspect.isclass(optimizer):
-        return  # unknown, which building tells, or a function
+        return  # a function, or unknown: then building raises an error
     arguments = inspect.signature(optimizer).parameters
     if 'params' not in arguments and not any(
         argument.kind is argument.VAR_KEYWORD
@@ -112,6 +112,6 @@ def refuse_other_arguments(kind: Union[str, type]) -> None:
     ):
         raise ValueError(
             f'optimizer.type={optimizer.__name__!r} in optim_wrapper takes '
-            f'{[*arguments]} and no params, so that it cannot have a group of '
+            f'{[*arguments]} and no params, so it cannot have a group of '
             "parameters for each module: write another one, such as 'AdamW'"
         )

@@ -1,4 +1,4 @@
-"""What a resumed run is told, and what it is spared."""
+"""Warnings for a resumed run, and those that it is spared."""
 
 from typing import Any, Dict, Optional
 
@@ -6,14 +6,14 @@ from mmengine.runner import Runner
 
 from mmagvm.engine.optim_wrapper import AGVMOptimWrapper
 
-#: How the keys begin that are logged and never saved.
+#: Prefix of the keys that are logged and never saved.
 OWN_KEYS = 'train/agvm'
 
 
 def forget_own_keys(checkpoint: Dict[str, Any]) -> None:
-    """Let a checkpoint not name log keys that it has no values of.
+    """Remove log keys of AGVM, which have no values in a checkpoint.
 
-    MMEngine would warn of each one when it resumes from it.
+    MMEngine would warn of each one when it resumes from the checkpoint.
     """
     hub = checkpoint.get('message_hub')
     if isinstance(hub, dict) and 'resumed_keys' in hub:
@@ -27,7 +27,7 @@ def forget_own_keys(checkpoint: Dict[str, Any]) -> None:
 def started_without_state(
     wrapper: AGVMOptimWrapper, runner: Runner
 ) -> Optional[str]:
-    """What begins anew, though training goes on from a checkpoint."""
+    """What starts from scratch though training goes on from a checkpoint."""
     optimizer = wrapper.optimizer
     if (
         runner.iter == 0
@@ -38,7 +38,7 @@ def started_without_state(
     return (
         f'training goes on at iteration {runner.iter}, but no state of the '
         'optimizer was loaded: every lr_scale starts at 1, and '
-        f'{type(optimizer).__name__} as at the start of a training; if that '
-        'is not wanted, resume from a checkpoint that has one, which '
-        'CheckpointHook saves with save_optimizer=True'
+        f'{type(optimizer).__name__} starts without state. To avoid this, '
+        'resume from a checkpoint with one, which CheckpointHook saves with '
+        'save_optimizer=True'
     )

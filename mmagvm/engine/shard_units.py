@@ -1,4 +1,4 @@
-"""Which modules of a model are gathered at a time when it is in shards."""
+"""Finds the modules that a sharded model gathers one at a time."""
 
 import re
 from collections import Counter
@@ -19,7 +19,8 @@ def find_units(
         model: Not sharded yet.
         patterns: Regular expressions that match a whole name. None for the
             repeated blocks of backbones, encoders and decoders: children of
-            a list or a sequence, each of several layers, two of one class.
+            a list or a sequence that have several layers each, at least two
+            of them of one class.
 
     Raises:
         ValueError: A pattern matches no module with parameters, or there are
@@ -44,8 +45,8 @@ def find_units(
         matching = [name for name in modules if re.fullmatch(pattern, name)]
         if not matching:
             raise ValueError(
-                f'strategy.units has {pattern!r}, which is the name of no '
-                f'module with parameters: the names are such as '
+                f'strategy.units has {pattern!r}, which matches no module '
+                'with parameters: write regular expressions for names such as '
                 f'{list(modules)[:4]}'
             )
         found += matching
@@ -67,7 +68,7 @@ def repeated_blocks(modules: Dict[str, nn.Module]) -> List[str]:
             for key, child in module.named_children()
             if f'{name}.{key}' in modules and _is_block(child)
         ]
-        # the first one may be another, as it changes channels
+        # the first block may have another class, as it changes channels
         kinds = Counter(type(modules[block]) for block in blocks)
         if any(count > 1 for count in kinds.values()):
             found += blocks
