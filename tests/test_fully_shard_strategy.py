@@ -95,7 +95,7 @@ def on_ranks(rank, world_size, folder):
         run(rank, folder, 'ema', hooks=[dict(type='EMAHook')])
     with pytest.raises(ValueError, match='replicas=2: 2 ranks'):
         run(rank, folder, 'alone', strategy=dict(replicas=2))
-    with pytest.raises(ValueError, match="has 'bone', which is the name of"):
+    with pytest.raises(ValueError, match="has 'bone', which matches no"):
         run(rank, folder, 'unit', units='bone')
     if rank == 0:
         other = load(folder / 'SGD/epoch_1.pth')
@@ -217,7 +217,7 @@ def strategy(tmp_path, **settings):
         ),
         (
             dict(mixed_precision=dict(param_dtype='bf17')),
-            "param_dtype='bf17' is no type: write one",
+            "param_dtype='bf17' is not a type: write one",
         ),
         (
             dict(mixed_precision=dict(reduce_dtype='float16')),

@@ -472,22 +472,22 @@ def test_learning_rate_that_forgets_accumulation_is_told(tmp_path, counts):
     if counts == 1:
         cfg.optim_wrapper = dict(optimizer=cfg.optim_wrapper.optimizer)
         cfg.custom_hooks = []
-        assert 'leaves out accumulative_counts' not in log_of(run(cfg))
+        assert 'ignores accumulative_counts' not in log_of(run(cfg))
         return
     assert (
         'base_batch_size=16 has multiplied the learning rate by 0.25, for 4 '
-        'images, and leaves out accumulative_counts=2: an update has 8 '
-        'images, which would make it 0.5: set '
+        'images, but ignores accumulative_counts=2. An update has 8 '
+        'images, and the factor would be 0.5: set '
         'auto_scale_lr.base_batch_size=8, or'
     ) in log_of(run(cfg))
     cfg = toy_cfg(tmp_path / 'sampled', max_epochs=1)
     cfg.auto_scale_lr = dict(enable=True, base_batch_size=16)
     # as mmdet's configs, whose loaders do not know their batch size
     cfg.train_dataloader.batch_sampler = dict(type='PlainBatches')
-    assert 'by 0.25, for 4 images, and leaves out' in log_of(run(cfg))
+    assert 'by 0.25, for 4 images, but ignores' in log_of(run(cfg))
     cfg = toy_cfg(tmp_path / 'off', max_epochs=1)
     cfg.auto_scale_lr = dict(enable=False, base_batch_size=16)
-    assert 'leaves out accumulative_counts' not in log_of(run(cfg))
+    assert 'ignores accumulative_counts' not in log_of(run(cfg))
 
 
 @DATA_SAMPLERS.register_module()

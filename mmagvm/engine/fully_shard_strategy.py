@@ -61,11 +61,11 @@ class FullyShardStrategy(DDPStrategy):
             its forward and backward pass, and gathered again. Defaults to
             True.
         activation_checkpointing: Names of modules that are computed again in
-            the backward pass, as of the Runner's setting of that name, which
+            the backward pass, as by the Runner's setting of that name, which
             a FlexibleRunner ignores. Defaults to none.
-        find_unused_parameters: Whether ranks may use other parameters than
-            others. Defaults to False.
-        kwargs: Of MMEngine's DDPStrategy, such as ``sync_bn``.
+        find_unused_parameters: Whether ranks may use different parameters.
+            Defaults to False.
+        kwargs: Arguments of MMEngine's DDPStrategy, such as ``sync_bn``.
 
     Raises:
         ValueError: A setting cannot work with this model or these ranks.
@@ -84,13 +84,13 @@ class FullyShardStrategy(DDPStrategy):
     ) -> None:
         if not HAS_FSDP2:
             raise ValueError(
-                f'FullyShardStrategy needs fully_shard, and torch '
-                f'{torch.__version__} has none: use 2.6 or newer'
+                f'FullyShardStrategy needs fully_shard, but torch '
+                f'{torch.__version__} has none: use torch 2.6 or newer'
             )
         if kwargs.get('model_wrapper') is not None:
             raise ValueError(
-                'strategy.model_wrapper: FullyShardStrategy wraps nothing, it '
-                'shards the model in place: remove the setting'
+                'strategy.model_wrapper is set, but FullyShardStrategy has no '
+                'wrapper and shards the model in place: remove the setting'
             )
         self.policy = _policy(mixed_precision or {})
         self.units = [units] if isinstance(units, str) else units
@@ -151,7 +151,7 @@ class FullyShardStrategy(DDPStrategy):
         )
         for name in units:
             fully_shard(model.get_submodule(name), **options)
-        # of the rest, which the backward pass needs first, torch decides
+        # torch decides for the rest, which the backward pass needs first
         fully_shard(model, **dict(options, reshard_after_forward=None))
         if self.find_unused_parameters:
             sharded: Any = model
@@ -161,8 +161,8 @@ class FullyShardStrategy(DDPStrategy):
                     f'than {torch.__version__}, such as 2.13'
                 )
             sharded.set_reduce_scatter_unused_params(True)
-        kind: Any = type(model)  # which torch has made for the shards
-        kind.__deepcopy__ = _refuse_copy  # its own says less
+        kind: Any = type(model)  # torch has made it for the shards
+        kind.__deepcopy__ = _refuse_copy  # torch's says less
         return model
 
     def _mesh(self) -> Any:
@@ -175,8 +175,8 @@ class FullyShardStrategy(DDPStrategy):
         ):
             raise ValueError(
                 f'strategy.replicas={replicas!r}: {world_size} ranks cannot '
-                'be divided into so many groups of 2 or more: write a divisor '
-                'of them, or leave it out'
+                'be divided into so many equal groups of 2 or more: write a '
+                f'number that divides {world_size}, or leave it out'
             )
         device = get_device()
         if replicas == 1:
@@ -188,7 +188,7 @@ class FullyShardStrategy(DDPStrategy):
         )
 
     def build_optim_wrapper(self, *args: Any, **kwargs: Any) -> Any:
-        """See the base class; its optimizer takes whole states, too."""
+        """See the base class; the optimizer also loads whole states."""
         wrapper = super().build_optim_wrapper(*args, **kwargs)
         optimizer = getattr(wrapper, 'optimizer', None)
         if optimizer is not None and is_distributed():
@@ -257,7 +257,7 @@ def whole(state: Any, keep: bool) -> Any:
 
     Args:
         state: Tensors in dictionaries and lists.
-        keep: Whether this rank wants them; the others drop each at once.
+        keep: Whether this rank keeps them; the others drop each at once.
     """
     if isinstance(state, DTensor):
         full = state.full_tensor()
@@ -274,8 +274,7 @@ def whole(state: Any, keep: bool) -> Any:
 def sharded_as(value: Any, like: Any) -> Any:
     """This rank's part of a whole tensor, where ``like`` is sharded.
 
-    A tensor of another shape stays as it is, for which MMEngine has a
-    message.
+    A tensor of another shape stays as it is, and MMEngine reports it.
     """
     if (
         not isinstance(like, DTensor)
@@ -295,11 +294,11 @@ def sharded_as(value: Any, like: Any) -> Any:
 def shard_state(
     optimizer: torch.optim.Optimizer, state_dict: Dict[str, Any]
 ) -> Dict[str, Any]:
-    """A whole state as an optimizer of sharded parameters loads it.
+    """Cut a whole state as an optimizer of sharded parameters needs it.
 
     Args:
-        optimizer: Grouped as the state is.
-        state_dict: Of a whole optimizer.
+        optimizer: The optimizer, with the same groups as the state.
+        state_dict: The state of an optimizer of whole parameters.
     """
     params = [p for g in optimizer.param_groups for p in g['params']]
     keys = [k for g in state_dict['param_groups'] for k in g['params']]
@@ -328,7 +327,7 @@ def refuse_scalars(model: nn.Module) -> None:
 
 
 def _policy(settings: Dict[str, Any]) -> Any:
-    """torch's policy of the setting ``mixed_precision``."""
+    """torch's policy for the setting ``mixed_precision``."""
     unknown = sorted(set(settings) - set(PRECISION))
     if unknown:
         raise ValueError(
@@ -341,7 +340,7 @@ def _policy(settings: Dict[str, Any]) -> Any:
             value = getattr(torch, value, None)
         if PRECISION[name] and not isinstance(value, torch.dtype):
             raise ValueError(
-                f'strategy.mixed_precision.{name}={settings[name]!r} is no '
+                f'strategy.mixed_precision.{name}={settings[name]!r} is not a '
                 "type: write one such as 'bfloat16'"
             )
         options[name] = value
@@ -354,8 +353,8 @@ def _policy(settings: Dict[str, Any]) -> Any:
 
 
 def _refuse_copy(model: nn.Module, memo: Any) -> Any:
-    """In place of copying a sharded model."""
+    """Raise a ValueError instead of copying a sharded model."""
     raise ValueError(
-        'a model in shards cannot be copied, as EMAHook does: remove EMAHook '
+        'a sharded model cannot be copied, as EMAHook does: remove EMAHook '
         'from custom_hooks, or train without FullyShardStrategy'
     )

@@ -1,4 +1,4 @@
-"""Start-up checks and what is logged; no maths."""
+"""Start-up checks and logging; the core does the computations."""
 
 from typing import Any, Dict, Iterable, List, Optional
 
@@ -28,20 +28,20 @@ from mmagvm.version import full_version
 
 @register(HOOKS)
 class AGVMHook(Hook):
-    """Logs at the start what AGVM will do, and then what it does.
+    """Logs at the start what AGVM will do, and then its values.
 
-    Publishes after every iteration, for each module, the last measured
+    After every iteration it publishes for each module the last measured
     ``agvm_variance/<module>`` (phi) and the ``agvm_lr_scale/<module>`` (mu)
-    in force, with the estimator 'pairs' also the ``agvm_noise_scale/<module>``
-    in images, all 1 until the first measurement, and ``agvm/measured`` and
-    ``agvm/skipped``, the numbers of measurements that took effect and that
-    were dropped. ``agvm_update_time/measured`` and ``.../unmeasured`` are the
-    seconds that the last update of each kind took, data loading apart, once
-    there was one.
+    in force. With the estimator 'pairs' it also publishes
+    ``agvm_noise_scale/<module>`` in images. All are 1 until the first
+    measurement. ``agvm/measured`` and ``agvm/skipped`` are the numbers of
+    measurements that took effect and that were dropped.
+    ``agvm_update_time/measured`` and ``.../unmeasured`` are the seconds that
+    the last update of each kind took, without data loading.
 
-    TensorBoard and W&B group by what is before the first slash: all modules
-    of a quantity stand together. In TensorBoard's tab of custom scalars they
-    share a chart.
+    TensorBoard and W&B group series by the part before the first slash, so
+    all modules of a quantity are together. In TensorBoard's tab of custom
+    scalars they share a chart.
 
     Raises:
         TypeError: The run's optimizer wrapper is not an AGVM one.
@@ -51,7 +51,7 @@ class AGVMHook(Hook):
     priority = 'NORMAL'
 
     def __init__(self) -> None:
-        self._seconds = 0.0  # of the update that is under way
+        self._seconds = 0.0  # of the current update
         self._update_time: Dict[str, float] = {}
         self._attempts = 0
         self._measured = 0
@@ -65,7 +65,7 @@ class AGVMHook(Hook):
             if hasattr(wrapper, 'optim_wrappers'):
                 raise TypeError(
                     'AGVMHook: optim_wrapper has several, '
-                    f'{list(wrapper.optim_wrappers)}, and AGVM modulates one '
+                    f'{list(wrapper.optim_wrappers)}, but AGVM modulates one '
                     'optimizer of the whole model: write a single '
                     'optim_wrapper, or remove AGVMHook'
                 )
@@ -95,8 +95,8 @@ class AGVMHook(Hook):
             self._settle_batch(runner, sizes)
         else:
             runner.logger.info(
-                'AGVM: batch size: the data loader does not tell it; it is '
-                'counted when the first batch arrives'
+                'AGVM: batch size: the data loader does not state it; it is '
+                'counted in the first batch'
             )
         for line in describe(wrapper):
             runner.logger.info(line)
@@ -110,7 +110,7 @@ class AGVMHook(Hook):
             if warning is not None:
                 runner.logger.warning(f'AGVM: {warning}')
         for repair in host.repairs:
-            runner.logger.info(f'AGVM: repaired in the host: {repair}')
+            runner.logger.info(f'AGVM: repaired in MMEngine: {repair}')
         warmup = warmup_updates(
             runner.param_schedulers or [],
             len(runner.train_dataloader),
@@ -119,24 +119,24 @@ class AGVMHook(Hook):
         )
         if settings.modulate and settings.begin < warmup:
             runner.logger.warning(
-                f'AGVM: begin={settings.begin} measures from within warm-up, '
-                f'which lasts {warmup} updates: in the first ones all samples '
-                'pull alike, which AGVM takes for quiet modules, and raises '
-                f'their learning rates: set optim_wrapper.begin={warmup} or '
-                'more'
+                f'AGVM: begin={settings.begin} starts to measure in warm-up, '
+                f'which lasts {warmup} updates. In the first ones all samples '
+                'have similar gradients, which AGVM takes for low-variance '
+                'modules, and raises their learning rates: set '
+                f'optim_wrapper.begin={warmup} or more'
             )
         for name in useless_sync_bn(runner.model):
             runner.logger.warning(
                 f'AGVM: {name} has SyncBN layers (or CGBN), but '
-                'norm_eval=True keeps them in evaluation mode, where they '
-                f'synchronise nothing: set norm_eval=False in {name}, or use '
+                'norm_eval=True keeps them in evaluation mode, where they do '
+                f'not synchronize: set norm_eval=False in {name}, or use '
                 'BN'
             )
 
     def before_save_checkpoint(
         self, runner: Runner, checkpoint: Dict[str, Any]
     ) -> None:
-        """Leave the names of AGVM's log keys out, whose values are not in."""
+        """Leave out the names of AGVM's log keys, as values are not saved."""
         forget_own_keys(checkpoint)
 
     def after_load_checkpoint(
@@ -148,19 +148,19 @@ class AGVMHook(Hook):
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Count the images of the first batch, if nobody tells them."""
+        """Count the images of the first batch, if the size is unknown."""
         if self._count_images:
             self._count_images = False
             images = count_images(data_batch)
             self._settle_batch(runner, [] if images is None else [images])
 
     def _settle_batch(self, runner: Runner, images: List[int]) -> None:
-        """Note how the batch is made up, and tell what follows from it.
+        """Set the composition of the batch, and log it.
 
         Args:
-            runner: Of this run.
-            images: That a rank gets at once, each size that there is; none
-                if nobody knows.
+            runner: The runner of this run.
+            images: All numbers of images that a rank may get at once; empty
+                if unknown.
         """
         wrapper = runner.optim_wrapper
         agvm = wrapper.agvm
@@ -180,19 +180,19 @@ class AGVMHook(Hook):
             runner.logger.info(line)
 
     def after_train(self, runner: Runner) -> None:
-        """Tell whether anything was measured, and why not, if not."""
+        """Log why updates, or all of them, were not measured, if any."""
         wrapper = runner.optim_wrapper
         agvm = wrapper.agvm
         update, iteration = self._first
-        untold = nothing_measured(
+        nothing = nothing_measured(
             agvm,
             update,
             (runner.iter - iteration) // wrapper.accumulative_counts,
         )
         missed = agvm.why_missed()
         if agvm.modulator.measured == self._measured:
-            if untold is not None:
-                runner.logger.warning(f'AGVM: {untold}')
+            if nothing is not None:
+                runner.logger.warning(f'AGVM: {nothing}')
         elif missed:
             runner.logger.info(
                 f'AGVM: updates that were due are not measured: {missed}'
@@ -211,7 +211,7 @@ class AGVMHook(Hook):
         self._time_update(runner)
         for kind, seconds in self._update_time.items():
             scalars[f'agvm_update_time/{kind}'] = seconds
-        # without signal there is no noise scale, not an older one either
+        # without signal there is no noise scale: remove an older one
         for module in wrapper.modulator.modules:
             name = f'agvm_noise_scale/{module}'
             if name not in scalars:
@@ -222,11 +222,11 @@ class AGVMHook(Hook):
             runner.message_hub.log_scalars.setdefault(
                 key, HistoryBuffer(max_length=1)
             )
-            # resumed=False: or the series would go into checkpoints
+            # resumed=False keeps the series out of checkpoints
             runner.message_hub.update_scalar(key, value, resumed=False)
 
     def _time_update(self, runner: Runner) -> None:
-        """Add what IterTimerHook, if there is one, measured of an update.
+        """Add up the time of an update, if there is an IterTimerHook.
 
         MMEngine logs means over iterations, which mix measured updates with
         others.
@@ -235,7 +235,7 @@ class AGVMHook(Hook):
         timers = runner.message_hub.log_scalars
         if 'train/time' not in timers:
             return
-        # what is waited for data includes the logging of the iteration before
+        # the wait for data includes the logging of the iteration before
         self._seconds += (
             timers['train/time'].current()
             - timers['train/data_time'].current()
@@ -269,7 +269,7 @@ def chart_modules_together(
 def forgotten_accumulation(
     wrapper: AGVMOptimWrapper, runner: Runner
 ) -> Optional[str]:
-    """What MMEngine's auto_scale_lr leaves out of the batch, if anything."""
+    """What to set where MMEngine's auto_scale_lr ignores accumulation."""
     auto = getattr(runner, 'auto_scale_lr', None) or {}
     count = wrapper.accumulative_counts
     sizes = batch_sizes(runner.train_dataloader)
@@ -278,11 +278,11 @@ def forgotten_accumulation(
     base, batch = auto['base_batch_size'], runner.world_size * sizes[0]
     return (
         f'auto_scale_lr with base_batch_size={base} has multiplied the '
-        f'learning rate by {batch / base:.4g}, for {batch} images, and leaves '
-        f'out accumulative_counts={count}: an update has {batch * count} '
-        f'images, which would make it {batch * count / base:.4g}: set '
+        f'learning rate by {batch / base:.4g}, for {batch} images, but '
+        f'ignores accumulative_counts={count}. An update has {batch * count} '
+        f'images, and the factor would be {batch * count / base:.4g}: set '
         f'auto_scale_lr.base_batch_size={base / count:.6g}, or '
-        f'optim_wrapper.optimizer.lr to {count} times of what it is'
+        f'optim_wrapper.optimizer.lr to {count} times its value'
     )
 
 
@@ -292,8 +292,8 @@ def describe_batch(
     """The batch and the learning rate for it, in lines for the log.
 
     Args:
-        wrapper: Of this run.
-        runner: Of this run.
+        wrapper: The optimizer wrapper of this run.
+        runner: The runner of this run.
         images: As in :meth:`AGVMHook._settle_batch`.
     """
     batch = wrapper.agvm.batch
@@ -312,7 +312,7 @@ def describe_batch(
     )
     own = STUDY_RULES.get(optimizer)
     if not known:
-        advice = 'what the batch size asks for is not known'
+        advice = 'there is no advice for an unknown batch size'
     elif rule is not None:
         advice = (
             f"the paper's rule for {dataset} gives {rule(size):.4g} ({rule})"
@@ -335,7 +335,7 @@ def describe_batch(
 
 
 def describe(wrapper: AGVMOptimWrapper) -> List[str]:
-    """When AGVM measures what in this run, in lines for its log."""
+    """What AGVM measures in this run, and when, in lines for the log."""
     settings = wrapper.settings
     effect = '' if settings.modulate else ', modulates nothing'
     until = '' if settings.end is None else f' to {settings.end}'
@@ -368,7 +368,7 @@ def describe(wrapper: AGVMOptimWrapper) -> List[str]:
 
 
 def useless_sync_bn(model: nn.Module) -> List[str]:
-    """Names of submodules whose ``norm_eval`` disables SyncBN or CGBN."""
+    """Names of submodules where ``norm_eval`` disables SyncBN or CGBN."""
     model = getattr(model, 'module', model)
     return [
         name or type(model).__name__
@@ -385,7 +385,7 @@ def useless_sync_bn(model: nn.Module) -> List[str]:
 def innermost(dataset: Any) -> Any:
     """The data set inside wrappers such as RepeatDataset.
 
-    Where several of a kind are joined, the first.
+    It is the first one where several of one class are joined.
     """
     while True:
         parts = getattr(dataset, 'datasets', None) or []

@@ -1,4 +1,4 @@
-"""Reads an optimizer's state into parameter groups that are cut otherwise."""
+"""Loads an optimizer's state into other parameter groups."""
 
 import math
 from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
@@ -28,16 +28,16 @@ def regroup(
             ``module``.
         parameters: All of the model's, by name and in its order, frozen ones
             too.
-        options: What must be the same for all parameters of a group.
+        options: Options that all parameters of a group must share.
 
     Returns:
         A state for ``param_groups``. A group's options are those that its
-        parameters had. Those that the saved state does not know, or knows in
-        another shape, start without any, with a warning.
+        parameters had. Parameters that are not in the saved state, or have
+        another shape there, start without state, with a warning.
 
     Raises:
-        ValueError: The saved parameters cannot be matched with these, or do
-            not share their options as these do.
+        ValueError: The saved parameters cannot be matched with these, or
+            those of one group had different options.
     """
     saved_groups = state_dict['param_groups']
     saved = _by_name(saved_groups, parameters) or _by_order(
@@ -49,7 +49,7 @@ def regroup(
         for name, param in zip(group['param_names'], group['params'])
         if param.requires_grad
     ]
-    _tell_new([name for name in trained if name not in saved], trained)
+    _report_new([name for name in trained if name not in saved], trained)
     changed = [
         name
         for name in trained
@@ -58,7 +58,7 @@ def regroup(
             state_dict['state'].get(saved[name][0]), parameters[name]
         )
     ]
-    _tell_changed(changed)
+    _report_changed(changed)
 
     state: Dict[int, Any] = {}
     groups: List[Dict[str, Any]] = []
@@ -93,17 +93,17 @@ def regroup(
     return regrouped
 
 
-def _tell_new(new: Sequence[str], names: Sequence[str]) -> None:
-    """Warn of parameters that a saved state does not know."""
+def _report_new(new: Sequence[str], names: Sequence[str]) -> None:
+    """Warn of parameters that a saved state lacks; raise if it lacks all."""
     if len(new) == len(names):
         raise ValueError(
-            f"the checkpoint's optimizer knows none of the model's {len(new)} "
-            f'parameters, such as {new[0]}: it is of another model; load its '
-            'weights alone with load_from and resume=False'
+            f"the checkpoint's optimizer has none of the model's {len(new)} "
+            f'parameters, such as {new[0]}: it belongs to another model. Load '
+            'only its weights, with load_from and resume=False'
         )
     if new:
         logger.warning(
-            "the checkpoint's optimizer does not know %d of %d parameters, "
+            "the checkpoint's optimizer has no state of %d of %d parameters, "
             'such as %s: they start without state',
             len(new),
             len(names),
@@ -114,17 +114,17 @@ def _tell_new(new: Sequence[str], names: Sequence[str]) -> None:
 def _decayed(
     group: Dict[str, Any], saved_groups: Sequence[Dict[str, Any]]
 ) -> Dict[str, Any]:
-    """A group that was not saved, with its lr where the schedule is by now."""
+    """A group that was not saved, with its lr as the schedule has it now."""
     saved = saved_groups[0]
     lr, initial = saved['lr'], saved.get('initial_lr', saved['lr'])
     return {**group, 'lr': group['lr'] * lr / initial if initial else lr}
 
 
-def _tell_changed(names: Sequence[str]) -> None:
-    """Warn of parameters whose saved state is of another shape."""
+def _report_changed(names: Sequence[str]) -> None:
+    """Warn of parameters with a saved state of another shape."""
     if names:
         logger.warning(
-            "the checkpoint's optimizer knows %d parameter(s) in another "
+            "the checkpoint's optimizer has %d parameter(s) in another "
             'shape, such as %s: they start without state',
             len(names),
             names[0],
@@ -134,7 +134,7 @@ def _tell_changed(names: Sequence[str]) -> None:
 def _refuse_mixed(
     names: Sequence[str], saved: Dict[str, Saved], options: Collection[str]
 ) -> None:
-    """Raise if a group's parameters did not share their options."""
+    """Raise a ValueError if a group's parameters had different options."""
     for name in names[1:]:
         first, other = saved[names[0]][1], saved[name][1]
         for option in (*options, 'initial_lr'):
@@ -147,14 +147,14 @@ def _refuse_mixed(
                     f"the checkpoint's optimizer has {option}="
                     f'{first[option]} for {names[0]} and {other[option]} for '
                     f'{name}, which are in one parameter group now: set '
-                    'paramwise_cfg, and base_constructor if it had another '
-                    'constructor, in optim_wrapper to what they were, or load '
-                    'its weights alone with load_from and resume=False'
+                    'paramwise_cfg and base_constructor in optim_wrapper as '
+                    'they were for the checkpoint, or load only its weights, '
+                    'with load_from and resume=False'
                 )
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Whether two options are equal, apart from how they were rounded."""
+    """Whether two options are equal up to rounding."""
     numbers = (int, float, Tensor)
     if isinstance(first, numbers) and isinstance(second, numbers):
         return math.isclose(float(first), float(second), rel_tol=1e-6)
@@ -182,10 +182,10 @@ def _by_order(
     param_groups: Sequence[Dict[str, Any]],
     parameters: Dict[str, Tensor],
 ) -> Dict[str, Saved]:
-    """Saved parameters without names, if there is only one way.
+    """Names for saved parameters without them, if there is only one way.
 
-    MMEngine's default constructor makes one group of all, or one for each
-    that is trained, in the order of the model.
+    MMEngine's default constructor makes one group of all parameters, or one
+    for each that is trained, in the order of the model.
     """
     groups = state_dict['param_groups']
     saved = [(index, group) for group in groups for index in group['params']]
@@ -209,9 +209,9 @@ def _by_order(
     raise ValueError(
         f"the checkpoint's optimizer has {len(saved)} parameters without "
         f'names {reason}and this model has {len(parameters)}, of which '
-        f'{len(trained)} are trained: it is of another model, was frozen '
-        'elsewhere, or grouped by another constructor; load its weights alone '
-        'with load_from and resume=False'
+        f'{len(trained)} are trained: it belongs to another model, had other '
+        'frozen parameters, or was grouped by another constructor. Load only '
+        'its weights, with load_from and resume=False'
     )
 
 
@@ -221,7 +221,7 @@ def _first_other(
     state: Dict[int, Any],
     parameters: Dict[str, Tensor],
 ) -> Optional[str]:
-    """The first parameter whose saved state cannot be its own."""
+    """The first parameter with a saved state that does not fit it."""
     for name, (index, _) in zip(names, saved):
         if not _fits(state.get(index), parameters[name]):
             return name
@@ -231,9 +231,8 @@ def _first_other(
 def _fits(values: Any, param: Tensor) -> bool:
     """Whether a saved state can be that of a parameter, by its shape.
 
-    Optimizers that factor keep rows and columns, whose sizes are among the
-    parameter's; those that project have an object that says how, of which
-    nothing is known here.
+    Optimizers that factor keep rows and columns, with sizes that are among the
+    parameter's. Those that project keep an object for it; any shape may fit.
     """
     if not isinstance(values, dict):
         return True

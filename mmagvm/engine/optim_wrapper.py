@@ -19,9 +19,9 @@ from mmagvm.recipes.registry import register
 
 @register(OPTIM_WRAPPERS)
 class AGVMOptimWrapper(OptimWrapper):
-    """:class:`~mmagvm.core.AGVM` in MMEngine: it says when, AGVM does it.
+    """:class:`~mmagvm.core.AGVM` as an optimizer wrapper of MMEngine.
 
-    Must be built by :class:`AGVMOptimWrapperConstructor`, which sorts the
+    It must be built by :class:`AGVMOptimWrapperConstructor`, which sorts the
     parameters by module.
 
     Args:
@@ -29,14 +29,14 @@ class AGVMOptimWrapper(OptimWrapper):
         accumulative_counts: Micro-batches in an update. Defaults to 1.
         clip_grad: As in MMEngine; does not influence mu.
         kwargs: The fields of :class:`~mmagvm.core.Settings`, and arguments of
-            the next class in line.
+            the next base class.
 
     Raises:
         ValueError: A setting is wrong or cannot work with this model; the
             message says what to write instead.
 
     Attributes:
-        agvm (AGVM): What measures and modulates.
+        agvm (AGVM): It measures and modulates.
     """
 
     def __init__(
@@ -59,16 +59,16 @@ class AGVMOptimWrapper(OptimWrapper):
             optimizer, settings=settings, accumulation=accumulative_counts
         )
         if 'lr' not in optimizer.defaults:
-            # MMEngine would log the rate of this, which has none
+            # MMEngine would log a rate of this entry, which has none
             self.base_param_settings = None
-        # before any schedule
+        # the rates before any schedule
         self._built_lr = [float(g['lr']) for g in optimizer.param_groups]
         #: All parameters by name, in the order of the model; set by the
         #: constructor, to read a plain optimizer's checkpoint.
         self.parameters: Dict[str, Tensor] = {}
         #: Whether a checkpoint had a state of this optimizer.
         self.has_loaded = False
-        #: Whether AGVMHook is there; set by itself when training starts.
+        #: Whether AGVMHook is used; the hook sets it when training starts.
         self.has_hook = False
         self._needs_hook = False
 
@@ -92,7 +92,7 @@ class AGVMOptimWrapper(OptimWrapper):
     def initialize_count_status(
         self, model: nn.Module, init_counts: int, max_counts: int
     ) -> None:
-        """See the base class; also the first sight of the wrapped model."""
+        """See the base class; also attaches AGVM to the wrapped model."""
         super().initialize_count_status(model, init_counts, max_counts)
         if self.agvm.update == 0:  # from a checkpoint without AGVM state
             self.agvm.update = init_counts // self.accumulative_counts
@@ -103,7 +103,8 @@ class AGVMOptimWrapper(OptimWrapper):
     def _scale_base_lr(self) -> None:
         """Scale ``base_lr`` as ``auto_scale_lr`` has scaled every other rate.
 
-        MMEngine leaves out the entry without parameters that it logs it from.
+        MMEngine logs it from an entry without parameters, which it does not
+        scale.
         """
         base = self.base_param_settings
         if base is None:
@@ -120,7 +121,7 @@ class AGVMOptimWrapper(OptimWrapper):
             1.0,
         )
         if base[key] == self.optimizer.defaults['lr']:
-            # else resumed, or given by the schedule
+            # otherwise it is resumed, or set by the schedule
             for name in {'lr', key}:
                 base[name] *= ratio
 
@@ -133,7 +134,7 @@ class AGVMOptimWrapper(OptimWrapper):
 
     @outside_of_graphs
     def _before_forward(self, model: nn.Module) -> None:
-        self._tell_missing_hook()
+        self._report_missing_hook()
         self.agvm.attach(model)
         if self._starts_complete_update():
             due = self.settings.is_due(self.agvm.update)
@@ -142,12 +143,12 @@ class AGVMOptimWrapper(OptimWrapper):
         if self.should_sync():
             self.agvm.before_last_forward()
 
-    def _tell_missing_hook(self) -> None:
+    def _report_missing_hook(self) -> None:
         if self._needs_hook and not self.has_hook:
             self._needs_hook = False
             logger.warning(
-                'AGVMHook is missing: nothing that AGVM does is logged, and '
-                'schedulers of a run that was grouped otherwise are not '
+                'AGVMHook is missing: the values of AGVM are not logged, and '
+                'schedulers from a checkpoint with other groups are not '
                 "fitted: set custom_hooks=[dict(type='AGVMHook')]"
             )
 
@@ -173,20 +174,20 @@ class AGVMOptimWrapper(OptimWrapper):
         )
 
     def _loss_scale(self) -> Optional[Tensor]:
-        """By what a loss scaler multiplies the gradients."""
+        """The factor by which a loss scaler multiplies the gradients."""
         return None
 
     # -- the scaled step
 
     @outside_of_graphs
     def step(self, **kwargs: Any) -> None:
-        """Measure if it is time, then step with ``lr * mu`` (Alg. 1, 2)."""
-        self._tell_missing_hook()
+        """Measure if it is due, then step with ``lr * mu`` (Alg. 1, 2)."""
+        self._report_missing_hook()
         self.agvm.measure(self.clip_grad_kwargs)
         with self.agvm.scaled_step():
             super().step(**kwargs)
 
-    # -- the state that travels
+    # -- the state in checkpoints
 
     def state_dict(self) -> Dict[str, Any]:
         """The optimizer's state, and AGVM's under the key ``agvm``."""
@@ -195,11 +196,11 @@ class AGVMOptimWrapper(OptimWrapper):
         return state_dict
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, or a plain optimizer's state.
+        """Load a state of :meth:`state_dict`, or one of a plain optimizer.
 
-        The optimizer's part may be grouped otherwise: by other modules, or
-        by MMEngine's default constructor. Modules that the checkpoint does
-        not know start with mu = 1, with a warning.
+        The optimizer's part may have other groups: those of other modules, or
+        of MMEngine's default constructor. Modules that are not in the
+        checkpoint start with mu = 1, with a warning.
 
         Raises:
             ValueError: The checkpoint's optimizer is of another model, or was
