@@ -222,7 +222,7 @@ class AGVM:
     def before_forward(self) -> None:
         """Call before each forward pass that has its own backward pass.
 
-        It comes after :meth:`begin_update`. If a loop calls it, AGVM reports
+        Call it after :meth:`begin_update`. If a loop calls it, AGVM reports
         updates with more backward passes than forward passes.
         """
         self._counts_forwards = True
@@ -402,9 +402,9 @@ class AGVM:
             self._reported_lost = True
             logger.warning(
                 'a communication hook sends gradients in float16, which loses '
-                '%.0f %% of the squared gradient of %s: its small elements '
+                '%.0f %% of the squared gradient of %s. Its small elements '
                 'become zero, their weights are not trained, and the variance '
-                "is wrong. Set comm_hook='bf16' (with NCCL) or None, or train "
+                "is wrong: set comm_hook='bf16' (with NCCL) or None, or train "
                 'with a loss scaler',
                 100 * lost.item(),
                 self.modulator.modules[int(module)],
@@ -414,7 +414,7 @@ class AGVM:
 
     @contextmanager
     def scaled_step(self) -> Iterator[None]:
-        """Around the optimizer's step, which uses ``lr * mu``.
+        """Context of the optimizer's step, which uses ``lr * mu``.
 
         Afterwards each learning rate is what it was, except for a change that
         the optimizer itself makes in its step.
@@ -474,7 +474,7 @@ class AGVM:
     def micro_batch(
         self, scaler: Optional['torch.amp.GradScaler'] = None
     ) -> Iterator[None]:
-        """Around the one forward and backward pass of a micro-batch.
+        """Context of the one forward and backward pass of a micro-batch.
 
         Ranks exchange gradients only in the last micro-batch of an update. An
         error inside abandons the update: zero the gradients, and start again

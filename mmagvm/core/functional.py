@@ -103,9 +103,9 @@ def split_variance(norms: Tensor) -> Tensor:
         norms: (h, 4), the rows of :func:`half_batch_norms`.
 
     Returns:
-        (h,), in [0, 2]. NaN where a norm is not finite, and where a half has
-        no gradient or one a thousand times smaller than the other's, for
-        which the cosine has no meaning.
+        (h,), in [0, 2]. NaN where a norm is not finite, or the cosine has no
+        meaning: where a half has no gradient, or one a thousand times smaller
+        than the other's.
     """
     total, signed, first, second = norms.unbind(-1)
     cosine = (total - signed) / (first * second).sqrt()

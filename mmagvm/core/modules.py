@@ -139,9 +139,9 @@ def find_anchor(modules: Sequence[str], anchor: str = BACKBONE) -> str:
 
     Args:
         modules: Names of those that are modulated.
-        anchor: Its name. If no module is called so exactly, the default
-            stands for the first one that is called ``backbone`` at any depth,
-            or else ``image_encoder``.
+        anchor: Its name. The default also finds a backbone inside of another
+            module: the first one that is called ``backbone`` at any depth, or
+            else ``image_encoder``.
 
     Raises:
         ValueError: There is no such module; the message lists the modules.

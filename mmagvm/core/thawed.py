@@ -76,7 +76,7 @@ class Thawed:
     def spoil_the_mean(self) -> bool:
         """Whether a trained parameter's gradient is not averaged over ranks.
 
-        Warns once of what happens to parameters that have been unfrozen.
+        Warns once about what happens to parameters that have been unfrozen.
         """
         self._report(
             self._nowhere,

@@ -22,8 +22,8 @@ from mmagvm.core.functional import squared_norms
 from .parts import local_part
 from .preconditioner import Preconditioner, find_preconditioner
 
-#: Bytes of gradients that are sent or processed at once: this needs copies,
-#: which for a whole module could exhaust the memory.
+#: Bytes of gradients that are sent or processed at once. Processing makes
+#: copies, which for a whole module could exhaust the memory.
 SLICE = 25 * 2**20  # DistributedDataParallel's default
 #: Index of the module of a parameter group that is not measured.
 NOT_MEASURED = -1
@@ -81,7 +81,7 @@ class GradVariance(ABC):
     @property
     @abstractmethod
     def can_measure(self) -> bool:
-        """Whether the optimizer's state allows to measure this update."""
+        """Whether the optimizer's state allows measuring this update."""
 
     def start(self, loss_scale: Optional[Tensor] = None) -> None:
         """Measure this update, if the optimizer's state allows it.
@@ -184,7 +184,7 @@ class GradVariance(ABC):
     ) -> Tensor:
         """Squared norms of gradients of one group's parameters, (n,).
 
-        The state before this update preconditions them.
+        The gradients are preconditioned by the state before this update.
         """
         grads = self.unscaled(grads)
         return squared_norms(self.preconditioner.by_past(group, params, grads))

@@ -143,7 +143,7 @@ def _refuse_inexact_means(model: DistributedDataParallel) -> None:
     if ignored:
         raise ValueError(
             f'the model makes DistributedDataParallel ignore {ignored[0]}, so '
-            'its gradient and its lr_scale would differ between ranks: '
+            'its gradient, and with it lr_scale, would differ between ranks: '
             'freeze it (requires_grad=False), or let it be averaged'
         )
 
@@ -179,7 +179,7 @@ def refuse_sparse_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def refuse_sharded_state(optimizer: torch.optim.Optimizer) -> None:
-    """Raise a ValueError if the state is sharded apart from the parameters."""
+    """Raise a ValueError if only the optimizer's state is sharded."""
     optimizers = {
         cls.__name__
         for inner in optimizers_in(optimizer)

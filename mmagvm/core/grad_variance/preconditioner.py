@@ -190,9 +190,9 @@ def find_preconditioner(optimizer: torch.optim.Optimizer) -> Preconditioner:
 
     It follows from the optimizer's class, from what :mod:`.probe` finds and
     from its state. Before the first update there is no state, and Adam's
-    coefficients decide. If it is in doubt, for a single parameter or for all,
-    there is none: norms of raw and of divided gradients must not add up within
-    a module.
+    coefficients decide. If it is uncertain, for a single parameter or for all,
+    raw gradients are measured: norms of raw and of divided gradients must not
+    add up within a module.
     """
     kind: Type[Preconditioner] = Preconditioner
     if _is_soap(optimizer):

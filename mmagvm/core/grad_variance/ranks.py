@@ -41,7 +41,7 @@ class RankVariance(GradVariance):
     The hooks exist only during the backward pass of measured updates, and
     DistributedDataParallel and its communication hook, if any, are left as
     they are. So every other update is plain training, instruction by
-    instruction, and measuring changes no bit of the gradients.
+    instruction, and the hooks change no bit of the training.
 
     Args:
         optimizer: As in the base class.

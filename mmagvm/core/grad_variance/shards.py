@@ -160,7 +160,7 @@ class ShardVariance(GradVariance):
     def rows_to_take(
         self, rows: Tensor, group: dist.ProcessGroup, op: Any
     ) -> Tensor:
-        """From those of :meth:`see_rows`, the rows for :meth:`take`."""
+        """(rows, row), what :meth:`take` needs of those in :meth:`see_rows`."""
 
     def _take(self, param: Tensor) -> None:
         """The hook of the parameter that has the next part of the rows."""

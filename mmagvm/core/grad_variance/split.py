@@ -73,7 +73,8 @@ class SplitRanks(Split, RankVariance):
     def before_last_backward(self) -> None:
         # zeros, as other ranks may use a parameter that this one does not.
         # The memory is this stream's, and hooks on other streams only fill
-        # it: in backward they wait for the zeros, and this stream for them
+        # it: in backward they wait for the zeros, and this stream waits for
+        # them before all is sent
         self._chunks, self._views = _chunks_like(
             [
                 param
