@@ -50,7 +50,7 @@ class AGVM:
     follows the anchor's (AGVM, Alg. 1 and 2).
 
     Every ``interval`` updates the variance phi = 1 - cos(G1, G2) of each
-    module is measured from the two halves of the batch, and the module's
+    module is measured from the two halves of the batch. Then the module's
     multiplier becomes::
 
         mu <- ema_decay * mu + (1 - ema_decay) * ratio,

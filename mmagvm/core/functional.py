@@ -117,8 +117,8 @@ def split_variance(norms: Tensor) -> Tensor:
 def pairs_variance(local: Tensor, mean: Tensor, samples: int) -> Tensor:
     """phi of every module as all pairs of samples estimate it.
 
-    :func:`split_variance` estimates 1 - signal / (signal + 2 * noise / W),
-    with |true gradient|^2 and the noise power of a sample as
+    :func:`split_variance` estimates 1 - signal / (signal + 2 * noise / W).
+    Signal is |true gradient|^2, and noise is the noise power of a sample, as
     :func:`pairs_noise` gives them. Written out it is
     2 (r2 - g2) / ((W - 2) g2 + r2).
 

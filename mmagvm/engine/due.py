@@ -62,8 +62,8 @@ def nothing_measured(agvm: AGVM, first: int, updates: int) -> Optional[str]:
         updates: Number of updates that it should have made.
 
     Returns:
-        A sentence. None if nothing was due because the run was resumed from
-        one that had measured.
+        A sentence. None if nothing was due, and the run was resumed from one
+        that had measured.
     """
     settings, reasons = agvm.settings, agvm.why_missed()
     if not settings.due_between(first, first + updates):

@@ -61,7 +61,7 @@ class FullyShardStrategy(DDPStrategy):
             its forward and backward pass, and gathered again. Defaults to
             True.
         activation_checkpointing: Names of modules that are computed again in
-            the backward pass, as by the Runner's setting of that name, which
+            the backward pass, as with the Runner's setting of that name, which
             a FlexibleRunner ignores. Defaults to none.
         find_unused_parameters: Whether ranks may use different parameters.
             Defaults to False.

@@ -37,7 +37,8 @@ class AGVMHook(Hook):
     measurement. ``agvm/measured`` and ``agvm/skipped`` are the numbers of
     measurements that took effect and that were dropped.
     ``agvm_update_time/measured`` and ``.../unmeasured`` are the seconds that
-    the last update of each kind took, without data loading.
+    the last update of each kind took, without data loading, once there was
+    one.
 
     TensorBoard and W&B group series by the part before the first slash, so
     all modules of a quantity are together. In TensorBoard's tab of custom
@@ -121,8 +122,8 @@ class AGVMHook(Hook):
             runner.logger.warning(
                 f'AGVM: begin={settings.begin} starts to measure in warm-up, '
                 f'which lasts {warmup} updates. In the first ones all samples '
-                'have similar gradients, which AGVM takes for low-variance '
-                'modules, and raises their learning rates: set '
+                'have similar gradients, so AGVM finds low-variance modules '
+                'and raises their learning rates: set '
                 f'optim_wrapper.begin={warmup} or more'
             )
         for name in useless_sync_bn(runner.model):
@@ -180,7 +181,7 @@ class AGVMHook(Hook):
             runner.logger.info(line)
 
     def after_train(self, runner: Runner) -> None:
-        """Log why updates, or all of them, were not measured, if any."""
+        """Log why updates were not measured, and warn if none was."""
         wrapper = runner.optim_wrapper
         agvm = wrapper.agvm
         update, iteration = self._first

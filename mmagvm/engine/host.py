@@ -30,7 +30,7 @@ repairs: List[str] = []
 
 
 def repair_at_import() -> None:
-    """Make the repairs that configs and checkpoints need to be read."""
+    """Make the repairs needed before a config or checkpoint is read."""
     allow_checkpoints()
     find_mmseg_bases()
 

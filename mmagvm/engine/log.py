@@ -1,4 +1,4 @@
-"""Sends messages of the core, which has no MMEngine, to the run's log."""
+"""Sends messages of the core, which imports no MMEngine, to the log."""
 
 import logging
 

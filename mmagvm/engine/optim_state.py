@@ -103,8 +103,8 @@ def _report_new(new: Sequence[str], names: Sequence[str]) -> None:
         )
     if new:
         logger.warning(
-            "the checkpoint's optimizer has no state of %d of %d parameters, "
-            'such as %s: they start without state',
+            "the checkpoint's optimizer does not contain %d of %d "
+            'parameters, such as %s: they start without state',
             len(new),
             len(names),
             new[0],

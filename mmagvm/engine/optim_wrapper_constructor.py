@@ -38,9 +38,9 @@ class AGVMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         paramwise_cfg: Options of the other constructor.
 
     Raises:
-        ValueError: A module of ``modules`` has no trainable parameters, the
-            wrapper is not an AGVM one, the model is sharded, or the other
-            constructor does not know a key of ``paramwise_cfg``.
+        ValueError: A module of ``modules`` has no trainable parameters, or the
+            model is sharded. Or the wrapper is not an AGVM one, or the other
+            constructor does not use a key of ``paramwise_cfg``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Warnings for a resumed run, and those that it is spared."""
+"""Gives and avoids warnings when a run is resumed."""
 
 from typing import Any, Dict, Optional
 

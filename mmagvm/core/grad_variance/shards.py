@@ -3,8 +3,8 @@
 torch's ``fully_shard`` (FSDP2) cuts every parameter along its first dimension
 into one shard for each rank of a group. A unit is a module with parameters
 that are communicated together. When it has its gradients, it lays them into
-one tensor, a row for each rank, and a reduce-scatter leaves each rank the mean
-of its own row. A unit accepts another function for this, which is where local
+one tensor, a row for each rank. A reduce-scatter leaves each rank the mean of
+its own row. A unit accepts another function for this, which is where local
 gradients are read. torch calls the hooks of the parameters in the order of the
 row, which shows the part of each.
 """
@@ -160,7 +160,7 @@ class ShardVariance(GradVariance):
     def rows_to_take(
         self, rows: Tensor, group: dist.ProcessGroup, op: Any
     ) -> Tensor:
-        """(rows, row), what :meth:`take` needs of those in :meth:`see_rows`."""
+        """Of :meth:`see_rows`, what :meth:`take` needs, (rows, row)."""
 
     def _take(self, param: Tensor) -> None:
         """The hook of the parameter that has the next part of the rows."""
