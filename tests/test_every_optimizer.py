@@ -265,6 +265,6 @@ def test_metric_of_optimizers_by_name(name, kind):
 def test_rates_without_effect_are_refused(name):
     model = make_net()
     optimizer = build(name, model)
-    with pytest.raises(ValueError, match=f'{name} steps .*set modulate=False'):
+    with pytest.raises(ValueError, match=f'{name} uses .*set modulate=False'):
         AGVM(optimizer, model, Settings(), 2)
     assert AGVM(optimizer, model, Settings(modulate=False), 2).attached
