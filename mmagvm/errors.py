@@ -4,15 +4,15 @@ from functools import wraps
 from typing import Callable, NoReturn
 
 
-class ToldError(Exception):
+class ReportedError(Exception):
     """An error whose message says what happened and what to do."""
 
 
-class UsageError(ToldError, ValueError):
+class UsageError(ReportedError, ValueError):
     """An argument, a setting or a file that cannot be used."""
 
 
-class LostRanksError(ToldError, RuntimeError):
+class LostRanksError(ReportedError, RuntimeError):
     """Other ranks did not join, or are gone."""
 
 
@@ -31,7 +31,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     def ending() -> None:
         try:
             main()
-        except ToldError as error:
+        except ReportedError as error:
             raise SystemExit(str(error) or 1) from None
 
     return ending
