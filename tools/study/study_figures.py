@@ -25,6 +25,8 @@ LEGEND_COLUMNS, LEGEND_ROW = 4, 0.15
 #: What is shown.
 SHOWN = 'faster_rcnn'
 COMPARED = dict(sgd='SGD', agvm_sgd='AGVM')
+#: Ticks of ratios of variances.
+RATIOS = (1, 2, 4, 8)
 #: Batch sizes between which a loss is set against a spread.
 ALIGNED = (32, 256)
 #: How methods are called, in the order of drawing.
@@ -183,7 +185,6 @@ def draw_alignment(study: Mapping[str, Any], done: Done, file: Path) -> None:
     small, large = ALIGNED
     with plt.rc_context(TEXT):
         figure, axis = plt.subplots(figsize=(PAGE, 3.2))
-        farthest = 1.0
         for index, (method, label) in enumerate(METHODS.items()):
             at_small, at_large = (
                 list(filter(ended, finals(study, done, cell)))
@@ -205,20 +206,16 @@ def draw_alignment(study: Mapping[str, Any], done: Done, file: Path) -> None:
                 linestyle='',
                 color=COLOURS[index % len(COLOURS)],
                 marker=MARKERS[index % len(MARKERS)],
+                label=label,
             )
-            farthest = max(farthest, apart)
-            # above and below in turn, as some are close together
-            offset = (5, 5 if index % 2 else -12)
-            axis.annotate(
-                label, (apart, lost), offset, textcoords='offset points'
-            )
+        axis.set_xscale('log', base=2)
+        axis.set_xticks(RATIOS, [str(ratio) for ratio in RATIOS])
         axis.set_xlabel(
             f'largest over smallest gradient variance at batch {large}'
         )
         axis.set_ylabel(f'test box AP lost from batch {small} to {large}')
-        # room for the names, and below for one at zero
-        axis.set_xlim(1 - 0.05 * farthest, 1.15 * farthest)
-        axis.margins(y=0.15)
+        axis.set_xlim(1, RATIOS[-1])
+        axis.set_ylim(bottom=0)
         save(figure, [axis], file)
 
 
