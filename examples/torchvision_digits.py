@@ -25,7 +25,7 @@ from torchvision.ops import box_convert
 from mmagvm.core import AGVM, Settings, module_groups  # AGVM 1
 from mmagvm.datasets.digits import draw_image
 
-#: What AGVM tells apart; the others follow the first one.
+#: The modules; the others follow the first one.
 MODULES = ('backbone.body', 'backbone.fpn', 'rpn', 'roi_heads')
 IMAGES = 8  # of a rank in a micro-batch
 ACCUMULATION = 2  # micro-batches in an update

@@ -372,7 +372,7 @@ def test_report(toy_run, tmp_path, monkeypatch):
         'diverged: the loss is NaN or infinite from iteration 10',
         'plain: trained without AGVM',
         '1 (logged at iteration 40)',
-        'too few logged to tell',
+        'too few logged',
     ):
         assert text in page
     top, fold = page.split('<details>')

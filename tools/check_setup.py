@@ -89,7 +89,7 @@ def start_ranks(count: int, how: str) -> int:
 
 
 class Report:
-    """Tells of results, on rank 0."""
+    """Reports results, on rank 0."""
 
     def __init__(self, file: Path, speaks: bool, width: int) -> None:
         self.file, self.speaks, self.width = file, speaks, width
@@ -137,7 +137,7 @@ def main() -> None:
         )
     if args.launcher == 'none' and device == 'cpu':
         raise SystemExit(start_ranks(2, 'gloo ranks, as there is no GPU'))
-    # longer than the checks wait, so that it is they who tell
+    # longer than the checks wait, so that they report it
     patience = args.timeout + timeout_seconds()
     cfg = Config(
         dict(
@@ -157,7 +157,7 @@ def main() -> None:
     )
     results = run_checks(checks, ranks, args.timeout, report.show, report.end)
     report.end(results)
-    ranks.gather('done', True)  # rank 0 has told all before any ends
+    ranks.gather('done', True)  # rank 0 has reported all before any ends
     leave_ranks()
     if any(result.status == FAILED for result in results):
         raise SystemExit(1)

@@ -45,7 +45,7 @@ def main() -> None:
     try:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
-        # the ranks have told what was wrong; this tells which one was first
+        # the ranks have reported the fault; this says which one was first
         raise SystemExit(str(error)) from None
 
 

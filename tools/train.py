@@ -1,4 +1,4 @@
-"""Trains a model of mmdet or mmseg, with AGVM if its config says so."""
+"""Trains a model of mmdet or mmseg, with AGVM if its config has it."""
 
 import argparse
 
@@ -87,7 +87,7 @@ def main() -> None:
         enable_amp(cfg)
     if args.auto_scale_lr:
         enable_auto_scale_lr(cfg)
-    cfg.mmagvm_version = full_version()  # for who reads the logs
+    cfg.mmagvm_version = full_version()  # for readers of the logs
     join_ranks(cfg)
     note = choose_checkpoint(cfg, args.resume)
     runner = build_runner(cfg)

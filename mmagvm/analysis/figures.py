@@ -28,8 +28,9 @@ from matplotlib.ticker import (  # noqa: E402
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType  # not in every version
 
-#: Okabe and Ito's colours, which the colour-blind tell apart. Where there is
-#: no colour, dashes and markers do: no two of 12 lines share all three.
+#: Okabe and Ito's colours, which the colour-blind can distinguish. Where
+#: there is no colour, dashes and markers do: no two of 12 lines share all
+#: three.
 COLOURS = ['#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00']
 DASHES = ['-', (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1.5, 1))]
 MARKERS = 'osD^v<>Pp*hX'

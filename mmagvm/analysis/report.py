@@ -131,7 +131,7 @@ def costs(runs: Sequence[Run]) -> List[Row]:
                 steps = ', '.join(map(str, counts['skipped_by'][:5]))
                 more = ', ...' if len(counts['skipped_by']) > 5 else ''
                 skipped += f' (logged at iteration {steps}{more})'
-        share = '-' if not run.modules else 'too few logged to tell'
+        share = '-' if not run.modules else 'too few logged'
         if times:
             share = (
                 '{share:.1%}, 95 % interval {low:.1%} to {high:.1%}, with one '

@@ -226,7 +226,7 @@ def _read_lines(
         if 'iter' in line:
             train.append({**line, 'step': step})
         else:
-            # MMEngine counts validation in epochs, unless told otherwise
+            # MMEngine counts validation in epochs by default
             before = train[-1]['step'] if train else 0
             val.append({**line, 'step': max(step, before)})
     return train, val

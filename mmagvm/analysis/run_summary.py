@@ -48,7 +48,7 @@ def seed(run: Run) -> Optional[int]:
 
 
 def batch_size(run: Run) -> Optional[int]:
-    """Images of an update, over all ranks; None if the log does not tell."""
+    """Images of an update, over all ranks; None if it is not logged."""
     loader = (run.config or {}).get('train_dataloader') or {}
     ranks = [_search(log, r'^\s+GPU number: (\d+)$') for log in run.logs[-1:]]
     images = loader.get('batch_size')

@@ -166,7 +166,7 @@ class Training:
     def second_moment(self) -> Optional[Tensor]:
         """AdamW's v of all parameters, in float64; None before there is one.
 
-        Zero for SGD is not told apart: ask for AdamW only.
+        Zero for SGD cannot be recognized: ask for AdamW only.
         """
         states = self.optimizer.state
         if not states:

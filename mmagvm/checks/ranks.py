@@ -1,4 +1,4 @@
-"""The ranks that are checked, and what they tell each other."""
+"""The ranks that are checked, and how they exchange results."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from mmengine.device import get_device
 
-#: Seconds between two looks for what another rank has told.
+#: Seconds between two looks for the result of another rank.
 PAUSE = 0.02
 
 
@@ -22,7 +22,7 @@ class Ranks:
         rank: Of this process, from 0.
         world_size: Processes in all.
         per_node: Processes on each node.
-        store: Where they tell each other what they found, which works even
+        store: Where they exchange what they found, which works even
             where collectives hang.
         model_wrapper_cfg: How MMEngine is to wrap models. None for its
             default.
@@ -82,7 +82,7 @@ class Ranks:
         self.store.set(f'{key}/{self.rank}', json.dumps(value))
 
     def told(self, key: str) -> List[Any]:
-        """What each rank has told by now, None for nothing yet."""
+        """What each rank has sent by now, None for nothing yet."""
         return [
             json.loads(self.store.get(f'{key}/{rank}'))
             if self.store.check([f'{key}/{rank}'])
@@ -91,7 +91,7 @@ class Ranks:
         ]
 
     def gather(self, key: str, value: Any) -> List[Any]:
-        """What all ranks tell, once all have.
+        """What all ranks sent, once all have.
 
         Args:
             key: Used once only.

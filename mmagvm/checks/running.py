@@ -20,7 +20,7 @@ from mmagvm.checks.result import (
 #: What was found, in a sentence and in numbers.
 Found = Tuple[str, Dict[str, float]]
 Check = Callable[[Ranks], Found]
-#: Seconds by which rank 0, which tells what happened, ends before the others.
+#: Seconds by which rank 0, which reports, ends before the others.
 AHEAD = 5.0
 
 

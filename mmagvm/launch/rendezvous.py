@@ -43,7 +43,7 @@ Check that
   other ports between the nodes;
 - NCCL_SOCKET_IFNAME, or GLOO_SOCKET_IFNAME without GPUs, names the network
   interface that joins the nodes, where they have several;
-- no rank has stopped or hangs: its own output tells why;
+- no rank has stopped or hangs: its own output says why;
 - TIMEOUT={timeout_seconds()} seconds is more than nodes start apart.
 """
 
@@ -140,12 +140,12 @@ def restarts() -> int:
 
 
 def wait_for_ranks(store: dist.Store, seconds: float, within: str) -> None:
-    """Return once every rank has come here, or exit naming who has not.
+    """Return once every rank has come here, or exit and name the missing ones.
 
     Args:
         store: That all ranks have.
         seconds: To wait.
-        within: What is told of that time.
+        within: What the message says about that time.
     """
     ranks = [
         f'{restarts()}/rank {rank}'

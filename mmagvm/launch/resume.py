@@ -29,7 +29,7 @@ class Choice(NamedTuple):
 def choose_checkpoint(cfg: Config, resume: Optional[str]) -> str:
     """Set the config's ``resume`` and ``load_from``.
 
-    Rank 0 looks and tells the others, so that all resume from one file even
+    Rank 0 looks and informs the others, so that all resume from one file even
     where a shared folder looks different from node to node for a while.
 
     Args:
@@ -54,7 +54,7 @@ def choose_checkpoint(cfg: Config, resume: Optional[str]) -> str:
     broadcast_object_list(choices)
     path, note, error = choices[0]
     if error:
-        raise UsageError('')  # told above
+        raise UsageError('')  # reported above
     if path is not None:
         cfg.resume, cfg.load_from = True, path
     elif resume is not None:

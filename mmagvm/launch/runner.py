@@ -92,7 +92,7 @@ def join_ranks(cfg: Config) -> None:
     ):
         store = launcher_store(seconds)
         if store is not None:
-            # not all of the time, so that there is some to ask who is missing
+            # some time must be left to ask which ranks are missing
             wait_for_ranks(store, 0.9 * seconds, within)
         init_process_group(cfg, store)
         met = torch.ones(1, device=get_comm_device())
@@ -105,7 +105,7 @@ def leave_ranks() -> None:
 
     MMEngine never does: NCCL warns of it, and a thread of gloo that holds a
     tensor for a moment too long aborts a Python that is ending, so that a run
-    which has done all its work is told as failed. Nothing may refer to the
+    that has done all its work is reported as failed. Nothing may refer to the
     runner any more, as its model keeps the group.
     """
     gc.collect()  # runner and hooks refer to each other

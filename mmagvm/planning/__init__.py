@@ -1,1 +1,1 @@
-"""What a config and a cluster tell of a training to come."""
+"""Plans a training from its config and the cluster."""

@@ -1,10 +1,10 @@
 """Advises on the batch size, from what AGVM measured in a run.
 
-Tells for each module the batch at which its gradient stops gaining (the
+Reports for each module the batch at which its gradient stops gaining (the
 gradient noise scale of McCandlish et al., "An Empirical Model of Large-Batch
-Training", 2018), what the whole model bears, and which multipliers AGVM would
-give at other batches; all with 95 % intervals, or with the statement that the
-run is too short to say.
+Training", 2018), what the whole model tolerates, and which multipliers AGVM
+would give at other batches; all with 95 % intervals, or with the statement
+that the run is too short to say.
 """
 
 import re
@@ -67,7 +67,7 @@ class Measured:
 
 
 def read_batch_size(run: Run) -> int:
-    """B, as AGVM told it at the start of the run's last part."""
+    """B, as AGVM logged it at the start of the run's last part."""
     for log in reversed(run.logs):
         found = re.findall(
             r'AGVM: batch size (\d+) =', log.read_text(errors='replace')
@@ -75,7 +75,7 @@ def read_batch_size(run: Run) -> int:
         if found:
             return int(found[-1])
     raise UsageError(
-        f'{run.work_dir}: no log tells the batch size: give the images of an '
+        f'{run.work_dir}: no log has the batch size: give the images of an '
         'update, over all GPUs and accumulation, with --batch-size'
     )
 
@@ -131,11 +131,11 @@ def read_measured(run: Run, batch_size: int, begin: Optional[int]) -> Measured:
     )
 
 
-# -- telling
+# -- reporting
 
 
 def number(value: float) -> str:
-    """Images to two digits, which is more than any run can tell."""
+    """Images to two digits, which is more than any run can resolve."""
     if not np.isfinite(value):
         return 'no bound' if np.isinf(value) else '-'
     return f'{float(f"{value:.2g}"):,.0f}' if value >= 10 else f'{value:.1f}'
@@ -242,7 +242,7 @@ def advise(
         anchor: The module that the others follow.
         eps: As AGVM's.
         ratio_range: As AGVM's.
-        batches: At which to tell mu; the run's own is added.
+        batches: At which mu is predicted; the run's own is added.
     """
     old = measured.batch_size
     cosines = measured.cosines

@@ -68,7 +68,7 @@ def one_line(error: Exception) -> str:
 
 
 def find_base_batch_size(name: str, cfg: Config) -> Tuple[int, str]:
-    """The batch size that a config was made for, and who says so."""
+    """The batch size that a config was made for, and its source."""
     size, source = _find_batch(name, cfg)
     accumulated = cfg.optim_wrapper.get('accumulative_counts', 1)
     if accumulated > 1:

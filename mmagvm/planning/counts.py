@@ -1,7 +1,7 @@
 """Numbers of a config that count iterations, epochs or images.
 
 Those of which it is known how they follow the batch are converted; all others
-are named, since nobody else would tell that they mean something else now.
+are named, because their meaning changes silently.
 """
 
 import re
@@ -39,7 +39,7 @@ AVERAGES = dict(EMAHook=2e-4, MeanTeacherHook=1e-3)
 #: And the iterations in which that of these comes down, with its default.
 GAMMAS = dict(ExpMomentumEMA=2000, MomentumAnnealingEMA=100)
 
-#: Hooks that count epochs unless told otherwise.
+#: Hooks that count epochs by default.
 EPOCHS = ('CheckpointHook', 'PipelineSwitchHook', 'YOLOXModeSwitchHook')
 
 

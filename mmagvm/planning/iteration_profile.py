@@ -38,7 +38,7 @@ def image_size(cfg: Config) -> Tuple[int, int]:
                 found = int(height), int(width)
     if found is None:
         refuse(
-            'the pipeline of train_dataloader tells no image size: write '
+            'the pipeline of train_dataloader has no image size: write '
             '--image-size HEIGHT WIDTH'
         )
     return found
@@ -93,7 +93,7 @@ def make_data(
         for step in steps
         if type_name(step.get('type')) == 'SegRescale'
     ]
-    # which loads masks and a map unless told otherwise
+    # which loads masks and a map by default
     panoptic = any('Panoptic' in type_name(step.get('type')) for step in steps)
     data: Dict[str, Any] = demo_mm_inputs(
         images,

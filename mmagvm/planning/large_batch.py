@@ -159,7 +159,7 @@ def plan_training(
         cfg: The original.
         batch: The new batch.
         wanted: An optimizer to change to.
-        dataset: Type of the data set, which tells the learning-rate rule.
+        dataset: Type of the data set, which chooses the learning-rate rule.
         images: In the training set; None to count them.
     """
     plan_optimizer(result, cfg, batch, wanted, dataset)
@@ -170,7 +170,9 @@ def plan_training(
     clip_norm = at(recipe.clip_norm, batch.size)
     if wanted and clip_norm:
         result.diff['optim_wrapper']['clip_grad'] = dict(max_norm=clip_norm)
-        result.because(f'gradients clipped to norm {clip_norm:g}, as there')
+        result.because(
+            f'gradients clipped to norm {clip_norm:g}, as in the recipe'
+        )
     warmup, total = plan_schedule(result, cfg, batch, recipe, images)
     plan_agvm(result, cfg, batch, warmup, total, recipe)
     tell_unchanged(result, cfg, batch, total)
@@ -195,7 +197,7 @@ def tell_unchanged(
         result.because(
             f'not changed: {", ".join(epochs)} count epochs, '
             + (
-                'which are as many as before'
+                'and their number stays'
                 if by_epoch
                 else 'and the run ends by iterations: check them'
             )
@@ -435,8 +437,8 @@ def plan_iterations(result: Plan, cfg: Config, batch: Batch) -> int:
             }
         )
     result.because(
-        f'{old.max_iters} -> {length} iterations, and all that counts in them '
-        'likewise, so that as many images are seen'
+        f'{old.max_iters} -> {length} iterations, which see as many images; '
+        'other settings in iterations change alike'
     )
     return length // batch.accumulation
 
@@ -542,13 +544,12 @@ def plan_agvm(
         constructor = type_path(constructor)
         result.diff['optim_wrapper']['base_constructor'] = constructor
         result.because(
-            f'{constructor} gives parameters their options, and AGVM groups '
-            'them by module'
+            f'{constructor} sets the options of parameters, as before; AGVM '
+            'groups them by module'
         )
     result.because(
-        f'AGVM measures every {interval} updates (tau), the first time '
-        f'{delay} after the warm-up, in update {warmup + delay} of '
-        f'{math.ceil(total)}'
+        f'AGVM measures every {interval} updates (tau), first in update '
+        f'{warmup + delay} of {math.ceil(total)}, {delay} after warm-up'
     )
     logger = cfg.get('default_hooks', {}).get('logger') or {}
     measured = interval * batch.accumulation
@@ -557,8 +558,8 @@ def plan_agvm(
             interval=measured
         )
         result.because(
-            f'every {measured} iterations are logged, so that each '
-            'measurement is'
+            f'the log has a line every {measured} iterations, so that it has '
+            'each measurement'
         )
     plan_hooks(result, cfg, batch, warmup)
     imports = (cfg.get('custom_imports') or {}).get('imports', [])

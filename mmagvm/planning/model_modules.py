@@ -1,4 +1,4 @@
-"""Which modules AGVM tells apart in a config's model."""
+"""The modules that AGVM finds in a config's model."""
 
 import importlib.util
 from contextlib import contextmanager

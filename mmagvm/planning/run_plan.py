@@ -164,7 +164,7 @@ def calibrate(
     return Cluster(compute, cluster.bandwidth, latency, cluster.overlap)
 
 
-# -- telling
+# -- reporting
 
 
 def duration(seconds: float) -> str:

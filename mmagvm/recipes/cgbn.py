@@ -178,7 +178,7 @@ def group_batch_norm(
 
 
 class _CountingSyncBatchNorm(Function):
-    """torch's function, which also tells how many values it has seen."""
+    """torch's function, which also returns how many values it has seen."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tuple[Tensor, Tensor]:
@@ -250,7 +250,7 @@ def ranks_in_group(bn_size: int, images_per_rank: int) -> int:
         raise ValueError(
             f'bn_size={bn_size} in norm_cfg of CGBN: the ranks hand '
             f'{images[0]} to {images[-1]} inputs to the same layer, so what '
-            'an image is cannot be told: write images_per_rank=N next to '
+            'an image is cannot be known: write images_per_rank=N next to '
             'bn_size, the batch_size of train_dataloader'
         )
     machines = [machine for _, machine in seen]

@@ -13,7 +13,7 @@ from mmagvm.recipes.registry import register
 class ClipGradWindowHook(Hook):
     """Lets ``optim_wrapper.clip_grad`` act in a window of iterations only.
 
-    What is clipped, and how, is set in ``optim_wrapper.clip_grad`` as ever.
+    What is clipped, and how, is set in ``optim_wrapper.clip_grad`` as usual.
     Holds no state, so a resumed run clips as if it had never stopped.
 
     Args:

@@ -1,7 +1,7 @@
 """LARS, LAMB, PMD-LAMB, SOAP and Muon, where pytorch_optimizer is installed.
 
 Importing this registers the names in either case; without the library they
-are refused when an optimizer is built, so that nobody else needs it.
+are refused when an optimizer is built, so that no other training needs it.
 """
 
 from typing import TYPE_CHECKING, Any, Callable
@@ -54,7 +54,7 @@ else:
             m <- momentum m + ratio (g + weight_decay w);  w <- w - lr m
 
         Scalars and vectors, so biases and norm layers, have ratio 1 and no
-        weight decay without being told. Keeps no second moment: AGVM measures
+        weight decay without a setting. Keeps no second moment: AGVM measures
         raw gradients, as for SGD.
 
         Args:

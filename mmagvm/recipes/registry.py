@@ -46,7 +46,7 @@ def register(
 
 
 def _make_way(registry: Registry) -> None:
-    """Let names go to who registers them after this project, as tools do."""
+    """Leave names to a project that registers them later, as tools do."""
     plain = registry._register_module
     if hasattr(plain, 'makes_way'):
         return

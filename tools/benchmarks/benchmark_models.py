@@ -23,7 +23,7 @@ def build_model(config: str, **changes: Any) -> Tuple[BaseModel, Config]:
         changes: Merged into ``cfg.model``.
     """
     init_default_scope('mmdet')
-    # it would tell of every single weight
+    # it would report every single weight
     MMLogger.get_current_instance().setLevel('WARNING')
     cfg = get_config(config)
     cfg.merge_from_dict(dict(model=changes))

@@ -120,7 +120,7 @@ class HostReads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Call ``func`` and tell where its result would be."""
+        """Call ``func`` and return where its result would be."""
         kwargs = kwargs or {}
         name = getattr(func, '__name__', '')
         given = [t for t in tree_leaves((args, kwargs)) if _is_tensor(t)]

@@ -23,8 +23,8 @@ from mmagvm.core.functional import pairs_noise, pairs_variance, split_variance
 from mmagvm.strict_json import to_json
 
 ESTIMATORS = ('split', 'pairs')
-#: Okabe and Ito's colours, which the colour-blind tell apart, and markers for
-#: print without colour.
+#: Okabe and Ito's colours, which the colour-blind can distinguish, and
+#: markers for print without colour.
 STYLES: Dict[str, Dict[str, Any]] = dict(
     split=dict(color='#D55E00', marker='s'),
     pairs=dict(color='#0072B2', marker='o'),

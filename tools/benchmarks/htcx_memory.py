@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def parameters(model: BaseModel) -> Dict[str, int]:
-    """By module, as AGVM tells them apart."""
+    """By module, as AGVM finds them."""
     modules = find_modules(model)
     found: Counter[str] = Counter()
     for name, param in model.named_parameters():

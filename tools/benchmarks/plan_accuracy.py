@@ -134,7 +134,7 @@ def launch(world_size: int, settings: Dict[str, Any]) -> Dict[str, Any]:
 def fit_cluster(
     compute: Sequence[float], reductions: Dict[int, List[float]]
 ) -> Cluster:
-    """What one rank's updates and two ranks' all-reduces tell.
+    """Results of one rank's updates and two ranks' all-reduces.
 
     A small all-reduce is all latency, a large one has it too.
     """
@@ -194,7 +194,7 @@ def compare(results: Dict[str, Any]) -> List[List[str]]:
     return rows
 
 
-def tell(results: Dict[str, Any]) -> str:
+def report(results: Dict[str, Any]) -> str:
     """All results as Markdown."""
     host, cluster = results['machine'], results['cluster']
     return (
@@ -254,7 +254,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     found = {n: launch(n, settings) for n in sorted({1, 2, *args.ranks})}
     cluster = fit_cluster(found[1]['updates'][PLAIN], found[2]['reductions'])
-    # as AGVM tells apart in Faster R-CNN
+    # as AGVM has in Faster R-CNN
     gradients = Gradients(4 * found[1]['updates']['trainable'][0], 4)
     ranks = {}
     for world_size in args.ranks:
@@ -276,9 +276,9 @@ def main() -> None:
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(to_json(results, indent=1))
-    print(tell(results))
+    print(report(results))
     if args.markdown:
-        fill(args.markdown, 'plan_accuracy', tell(results))
+        fill(args.markdown, 'plan_accuracy', report(results))
 
 
 if __name__ == '__main__':

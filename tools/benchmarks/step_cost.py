@@ -165,7 +165,7 @@ def compare_with(stats: Dict[str, float], limit: float, most: bool) -> str:
 
 
 def compare_with_one(stats: Dict[str, float]) -> str:
-    """Whether a ratio is 1, as far as EQUAL tells one from another."""
+    """Whether a ratio is 1, to within EQUAL."""
     inside = abs(stats['low95'] - 1), abs(stats['high95'] - 1)
     if max(inside) <= EQUAL:
         return 'yes'

@@ -1,10 +1,10 @@
 """Advises on the batch size, from what AGVM measured in a run.
 
-Tells for each module the batch at which its gradient stops gaining (the
+Reports for each module the batch at which its gradient stops gaining (the
 gradient noise scale of McCandlish et al., "An Empirical Model of Large-Batch
-Training", 2018), what the whole model bears, and which multipliers AGVM would
-give at other batches; all with 95 % intervals, or with the statement that the
-run is too short to say.
+Training", 2018), what the whole model tolerates, and which multipliers AGVM
+would give at other batches; all with 95 % intervals, or with the statement
+that the run is too short to say.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
         '--at',
         type=int,
         nargs='+',
-        help='batches to tell multipliers for (default: 2 to 64 times the '
+        help='batches to predict multipliers for (default: 2 to 64 times the '
         "run's)",
     )
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Prints the modules that AGVM tells apart in the models of configs.
+"""Prints the modules that AGVM finds in the models of configs.
 
 For each its trainable parameters, and which module the others follow; or why
 the model cannot be trained with AGVM.
@@ -62,7 +62,7 @@ def files_of(args: argparse.Namespace) -> List[Tuple[str, str]]:
 
 
 def read_known(out: Path) -> Dict[str, ModelModules]:
-    """What a file of an earlier start tells."""
+    """The content of a file of an earlier start."""
     known = {}
     for line in out.read_text().splitlines():
         try:

@@ -1,7 +1,7 @@
 """Turns a config of mmdet or mmseg into its large-batch version with AGVM.
 
 Writes a config that inherits from the original and states the difference,
-loads and builds it to see that it works, and tells what changed and why.
+loads and builds it to see that it works, and reports what changed and why.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def main() -> None:
     print(f'{out}, with {args.config} as its base:')
     for line in (
         *result.reasons,
-        f'modules that AGVM tells apart: {", ".join(modules)}',
+        f'modules: {", ".join(modules)}',
         *advise_optimizer(cfg, batch, args.optimizer, args.shard),
         *advise_clipping(cfg, result),
         *advise_norm(model, batch),
