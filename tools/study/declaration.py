@@ -553,13 +553,6 @@ stages = [
         batch_sizes=[32],
         seeds=[0, 1, 2],
     ),
-    dict(
-        name='AGVM and PMD-LAMB at larger batches',
-        models=['faster_rcnn'],
-        methods=['agvm_soap', 'agvm_sgd', 'pmd_lamb'],
-        batch_sizes=[512, 1024],
-        seeds=[0, 1, 2],
-    ),
     # whose updates are few: 48
     dict(
         name="SOAP's settings at the largest batch",
@@ -567,6 +560,13 @@ stages = [
         methods=['soap'],
         batch_sizes=[1024],
         variants=['refresh_1', 'betas_9', 'warmup_1'],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='AGVM and PMD-LAMB at larger batches',
+        models=['faster_rcnn'],
+        methods=['agvm_soap', 'agvm_sgd', 'pmd_lamb'],
+        batch_sizes=[512, 1024],
         seeds=[0, 1, 2],
     ),
     dict(
@@ -622,7 +622,7 @@ stages = [
         methods=['adamw', 'sgd'],
         batch_sizes=[256],
         variants=['epochs_96'],
-        seeds=[0, 1, 2],
+        seeds=[0],
     ),
     *(
         dict(
