@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 examples/torchvision_digits.py
 
-Goes on from its checkpoint if that is there. Five lines train with AGVM.
+Resumes from its checkpoint, if there is one. Five lines add AGVM.
 """
 
 import argparse

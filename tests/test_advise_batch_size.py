@@ -191,7 +191,7 @@ def test_command_finds_noise_scales_and_multipliers(
 def test_no_signal_is_undefined_and_unbounded(tmp_path, monkeypatch, capsys):
     advise(monkeypatch, write_run(tmp_path, (1e7, 40)))
     out = capsys.readouterr().out
-    assert 'no bound' in out and 'too short to say how much' in out
+    assert 'no bound' in out and 'run too short for more' in out
     assert 'backbone: |G|^2 is estimated as negative' in out or (
         'backbone: an upper bound would take' in out
     )
@@ -228,7 +228,7 @@ def test_run_resumed_with_another_setting(
 @pytest.mark.parametrize(
     'options, args, message',
     [
-        (dict(count=78), [], 'too short to say'),
+        (dict(count=78), [], 'the run is too short'),
         ({}, ['--begin', 190], 'from --begin 190 has 11 logged'),
         (dict(batch_line=False), [], '--batch-size'),
         ({}, ['--batch-size', 0], '--batch-size 0'),

@@ -87,8 +87,8 @@ def test_restart_with_nothing_saved_begins_as_at_launch(work_dir, monkeypatch):
         note = resume.choose_checkpoint(cfg, None)
         seen.append((cfg.get('resume'), cfg.load_from, note))
     nothing = (
-        'resume: nothing was saved since launch, so the run starts as it did '
-        'then, from the beginning (restart 1)'
+        'resume: nothing was saved since launch, so the run starts again from '
+        'the beginning (restart 1)'
     )
     newest = str(work_dir / 'epoch_1.pth')
     assert seen == [
@@ -172,7 +172,8 @@ def test_named_damaged_checkpoint_is_refused(work_dir):
         *('--resume', work_dir / 'epoch_2.pth'),
         code=1,
     )
-    assert output.count(f'--resume {work_dir}/epoch_2.pth: is damaged') == 1
+    damaged = f'--resume {work_dir}/epoch_2.pth: the file is damaged'
+    assert output.count(damaged) == 1
     assert f'before it is {work_dir}/epoch_1.pth' in output
     assert 'Traceback' not in output and 'Saving' not in output
 

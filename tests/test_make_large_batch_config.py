@@ -275,7 +275,7 @@ def test_longer_warmup_of_the_original_is_kept_in_images(make, own):
     cfg, _, printed = make(own(lines=lines), '--batch-size', 256, '--gpus', 16)
     (warmup,) = cfg.param_scheduler
     assert warmup.end == 20000 * 16 // 256 > 2 * 117266 // 256
-    assert "the original's, in images" in printed
+    assert 'as many images as in the original' in printed
 
 
 def test_own_config_keeps_what_it_says(make, own, tmp_path):
@@ -367,7 +367,7 @@ def test_soap_takes_the_originals_rate_for_what_it_is_to_adamw(make, own):
     # at 16 the paper's rule for AdamW has 1e-4
     assert cfg.optim_wrapper.optimizer.lr == pytest.approx(2 * 8e-4, 2e-3)
     assert 'times 2, as its 0.0002 at 16 is to the 0.0001' in printed
-    assert 'not known on COCO' in printed
+    assert 'not tested on COCO' in printed
     # and on from there
     recipe = (
         TOOL.parents[2]
@@ -492,8 +492,9 @@ def planned(name, batch=480, gpus=32, base=None, file=None):
             dict(momentum=7.498e-4, gamma=267),
             [
                 'BatchSyncRandomResize].interval=10',
-                'log_processor.window_size=50 count iterations',
-                'YOLOXModeSwitchHook].num_last_epochs=15 count epochs',
+                'log_processor.window_size=50; they count iterations',
+                'as the number of epochs stays: ',
+                'YOLOXModeSwitchHook].num_last_epochs=15',
                 '62700 iterations',
             ],
         ),
@@ -597,7 +598,8 @@ def test_hooks_of_others_are_named(own):
     )
     text = ' '.join(planned(str(own(lines=lines))).reasons)
     assert 'custom_hooks[0: UnfreezeHook].unfreeze_iter=3000, ' in text
-    assert '0: UnfreezeHook].unfreeze_epoch=2 count epochs' in text
+    _, epochs = text.split('as the number of epochs stays: ')
+    assert '0: UnfreezeHook].unfreeze_epoch=2' in epochs
     assert 'width' not in text
 
 
@@ -832,11 +834,11 @@ def test_shard_writes_the_strategy_and_moves_settings(make, own):
 @pytest.mark.parametrize(
     'options, lines, message',
     [
-        (['--gpus', '1'], '', 'one GPU keeps all of the model'),
+        (['--gpus', '1'], '', 'one GPU keeps the whole model'),
         (
             ['--gpus', '4', '--optimizer', 'SOAP'],
             '',
-            'SOAP steps whole matrices',
+            'SOAP needs whole matrices',
         ),
         (
             ['--gpus', '4'],

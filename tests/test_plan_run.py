@@ -289,7 +289,7 @@ def test_profile_trains_the_model(monkeypatch, capsys):
         ),
         (
             [QUICKSTART, *BASIC, '--calibrate', '8:8', '8:4'],
-            'two times on as many GPUs',
+            'both times are for the same number of GPUs',
         ),
         (
             [

@@ -160,7 +160,7 @@ def test_gpus_that_fill_no_nodes_are_refused(tmp_path, gpus):
     output = launch(
         tmp_path, 'slurm_train.sh', 'p', 'j', 'c.py', GPUS=gpus, code=2
     )
-    assert f'GPUS={gpus} cannot be shared out' in output
+    assert f'GPUS={gpus} cannot be divided' in output
 
 
 @pytest.mark.parametrize('script', ['train', 'test', 'check'])

@@ -198,7 +198,10 @@ def test_picture_is_drawn(work_dir, tmp_path):
             ['analysis_tools/collect_results.py', '--json', 'OUT'],
             'coco/bbox_mAP',
         ),
-        (['misc/advise_batch_size.py', '--begin', '0'], 'too short to say'),
+        (
+            ['misc/advise_batch_size.py', '--begin', '0'],
+            'the run is too short',
+        ),
         (
             [
                 *('misc/plan_run.py', '--gpus', '2', '--images-per-gpu', '8'),

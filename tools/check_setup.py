@@ -1,8 +1,8 @@
-"""Checks this machine or cluster before a training: a minute or two.
+"""Checks this machine or cluster before a training, in a minute or two.
 
-Alone it starts a rank for each GPU, without GPUs two gloo ranks, and runs
-itself on them; tools/dist_check.sh and tools/slurm_check.sh start it on
-several nodes. Prints a table; the exit status is 0 if nothing failed.
+On one node it starts itself on a rank for each GPU or, without GPUs, on two
+gloo ranks. tools/dist_check.sh and tools/slurm_check.sh start it on several
+nodes. Prints a table; the exit status is 0 if nothing failed.
 """
 
 import argparse
@@ -38,19 +38,21 @@ def parse_args() -> argparse.Namespace:
         '--work-dir',
         type=Path,
         default=Path('work_dirs/check_setup'),
-        help='where the checks train; all nodes share it',
+        help='folder for the checks that train, shared by all nodes (default: '
+        'work_dirs/check_setup)',
     )
     parser.add_argument(
         '--out',
         type=Path,
-        help='JSON file for a bug report; default: check_setup.json in the '
-        'work dir',
+        help='JSON file for a bug report (default: check_setup.json in the '
+        'work dir)',
     )
     parser.add_argument(
         '--timeout',
         type=float,
         default=120,
-        help='seconds in which each check must end on all ranks (120)',
+        help='seconds in which each check must end on all ranks (default: '
+        '120)',
     )
     parser.add_argument(
         '--launcher',
@@ -61,15 +63,19 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.timeout <= 0:
         raise UsageError(
-            f'--timeout {args.timeout:g}: the seconds in which each check '
-            'must end: write more than 0, such as 120'
+            f'--timeout {args.timeout:g}: each check needs some seconds to '
+            'end: write more than 0, such as 120'
         )
     return args
 
 
 def start_ranks(count: int, how: str) -> int:
-    """Run this command on so many ranks of this machine; its exit status."""
-    print(f'Starts {count} {how}; several nodes: tools/dist_check.sh.')
+    """Run this command on ``count`` ranks of this machine.
+
+    Returns:
+        Its exit status.
+    """
+    print(f'Starts {count} {how}; for several nodes: tools/dist_check.sh.')
     port = os.environ.get('PORT') or str(free_port())
     dist_run = Path(__file__).resolve().parent / 'dist_run.py'
     return subprocess.run(
@@ -100,7 +106,7 @@ class Report:
             print(result.line(self.width), flush=True)
 
     def end(self, results: List[Result]) -> None:
-        """How many did what, and the JSON file."""
+        """Print how many checks passed, and write the JSON file."""
         if not self.speaks:
             return
         failed = [result for result in results if result.status == FAILED]
@@ -121,7 +127,7 @@ class Report:
         print(
             f'{len(passed)} passed, {len(failed)} failed, '
             f'{len(results) - len(passed) - len(failed)} not applicable; '
-            f'for a bug report attach {self.file}',
+            f'attach {self.file} to a bug report',
             flush=True,
         )
 
@@ -133,7 +139,7 @@ def main() -> None:
     device = get_device()
     if args.launcher == 'none' and device == 'cuda':
         raise SystemExit(
-            start_ranks(torch.cuda.device_count(), 'ranks, one for a GPU')
+            start_ranks(torch.cuda.device_count(), 'ranks, one for each GPU')
         )
     if args.launcher == 'none' and device == 'cpu':
         raise SystemExit(start_ranks(2, 'gloo ranks, as there is no GPU'))
@@ -157,7 +163,7 @@ def main() -> None:
     )
     results = run_checks(checks, ranks, args.timeout, report.show, report.end)
     report.end(results)
-    ranks.gather('done', True)  # rank 0 has reported all before any ends
+    ranks.gather('done', True)  # rank 0 reports all before any rank ends
     leave_ranks()
     if any(result.status == FAILED for result in results):
         raise SystemExit(1)

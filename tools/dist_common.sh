@@ -2,7 +2,7 @@
 # What dist_train.sh, dist_test.sh and dist_check.sh share; sourced by them.
 
 # start_ranks GPUS [OPTION OF TORCHRUN...] -- SCRIPT [ARGUMENT...]: become
-# torchrun, which runs a script of tools/ on so many ranks of this node.
+# torchrun, which runs a script of tools/ on GPUS ranks of this node.
 start_ranks() {
     # for messages, and for the ranks
     export NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} PORT=${PORT:-29500}

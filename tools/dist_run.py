@@ -1,4 +1,4 @@
-"""torchrun, that ends in time and says what to check if nodes do not meet.
+"""torchrun that ends within a timeout, with checks, if nodes do not meet.
 
 Takes torchrun's arguments; dist_train.sh and dist_test.sh run it.
 """
@@ -19,7 +19,7 @@ from mmagvm.launch.rendezvous import deadline, timeout_seconds, what_to_check
 
 
 def bound_rendezvous(seconds: int) -> None:
-    """Give torchrun's nodes so long to meet.
+    """Limit the time in which torchrun's nodes must meet.
 
     Its own timeout (``--rdzv-conf``) does not cover a server that accepts a
     connection and never answers, such as another program at MASTER_ADDR:PORT.
@@ -45,7 +45,7 @@ def main() -> None:
     try:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
-        # the ranks have reported the fault; this says which one was first
+        # the ranks have reported the error; this names the first of them
         raise SystemExit(str(error)) from None
 
 

@@ -2,7 +2,7 @@
 # Usage: tools/dist_train.sh CONFIG GPUS [arguments of tools/train.py]
 # Several nodes: the same command on each, with NNODES, NODE_RANK, MASTER_ADDR
 # and PORT in the environment. Without GPUs, GPUS counts gloo ranks.
-# MAX_RESTARTS (0): how often ranks that died are started again, and resume.
+# MAX_RESTARTS (0): how often ranks restart and resume after one has died.
 # TIMEOUT (600): seconds that nodes and ranks wait for each other at the start.
 set -e
 

@@ -7,14 +7,14 @@ GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 RANKS_PER_NODE=$((GPUS < GPUS_PER_NODE ? GPUS : GPUS_PER_NODE))
 if [ $RANKS_PER_NODE -lt 1 ] || [ $((GPUS % RANKS_PER_NODE)) -ne 0 ]; then
     # torchrun starts as many ranks on one node as on any other
-    echo "GPUS=$GPUS cannot be shared out in nodes of" \
+    echo "GPUS=$GPUS cannot be divided among nodes of" \
          "GPUS_PER_NODE=$GPUS_PER_NODE: make it a multiple of that" >&2
     exit 2
 fi
 
 # on_each_node PARTITION JOB_NAME SCRIPT [ARGUMENT...]: run a dist_*.sh on each
-# node. It starts a rank for each GPU itself and can restart them, which srun
-# cannot; so srun's task is a node here, with the CPUs of all its ranks.
+# node. The script starts a rank for each GPU, and can restart them, which srun
+# cannot. So srun has one task for each node, with the CPUs of all its ranks.
 on_each_node() {
     local nodes=$((GPUS / RANKS_PER_NODE))
     # shellcheck disable=SC2086  # SRUN_ARGS are several words

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Usage: tools/slurm_node.sh SCRIPT [ARGUMENT...]
-# The one task of a node, started by slurm_common.sh: runs a dist_*.sh with what
-# it needs to know of the other nodes, given by Slurm.
+# The one task of a node, started by slurm_common.sh: runs a dist_*.sh with the
+# addresses and numbers of the nodes from Slurm.
 set -e
 
 if [ -z "$MASTER_ADDR" ]; then

@@ -6,7 +6,7 @@ from mmengine.config import Config
 
 from mmagvm.engine.config_types import package_of, type_name
 from mmagvm.errors import UsageError, command
-from mmagvm.launch.rendezvous import lost_ranks_told
+from mmagvm.launch.rendezvous import lost_ranks_reported
 from mmagvm.launch.runner import (
     build_runner,
     common_parser,
@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
         '--show', action='store_true', help='show prediction results'
     )
     parser.add_argument(
-        '--show-dir', help='save painted images under the work dir, here'
+        '--show-dir', help='save painted images in this folder of the work dir'
     )
     parser.add_argument(
         '--wait-time', type=float, default=2, help='seconds between images'
@@ -42,15 +42,15 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
     """Let the config's visualization hook draw."""
     if 'visualization' not in cfg.get('default_hooks', {}):
         raise UsageError(
-            '--show, --show-dir: the config has no '
-            'default_hooks.visualization to draw with'
+            '--show, --show-dir: the config has no hook to draw with: add '
+            'default_hooks.visualization'
         )
     hook = cfg.default_hooks.visualization
     hook.draw = True
     hook.show = args.show
     hook.wait_time = args.wait_time
     if args.show_dir is not None:
-        # mmdet's hook writes there; mmseg's where its visualizer does
+        # mmdet's hook has its own folder; mmseg's uses its visualizer's
         if type_name(hook.type) == 'DetVisualizationHook':
             hook.test_out_dir = args.show_dir
         else:
@@ -59,7 +59,7 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
 
 def dump_predictions(cfg: Config, out: str) -> None:
     """Add an evaluator that keeps the predictions."""
-    # with its package, since pure Python configs have no scope
+    # with the package's name, since pure Python configs have no scope
     dump = (
         'mmdet.DumpDetResults' if package_of(cfg) == 'mmdet' else 'DumpResults'
     )
@@ -80,7 +80,7 @@ def main() -> None:
         dump_predictions(cfg, args.out)
     join_ranks(cfg)
     runner = build_runner(cfg)
-    with lost_ranks_told(patience(cfg)):
+    with lost_ranks_reported(patience(cfg)):
         runner.test()
     del runner
     leave_ranks()

@@ -6,7 +6,7 @@ from mmengine.config import Config
 
 from mmagvm.engine.config_types import type_name
 from mmagvm.errors import UsageError, command
-from mmagvm.launch.rendezvous import lost_ranks_told
+from mmagvm.launch.rendezvous import lost_ranks_reported
 from mmagvm.launch.resume import choose_checkpoint
 from mmagvm.launch.runner import (
     build_runner,
@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
         '--auto-scale-lr',
         action='store_true',
         help="scale the learning rate by MMEngine's linear rule, from the "
-        "config's auto_scale_lr.base_batch_size; leaves out accumulation",
+        "config's auto_scale_lr.base_batch_size; ignores accumulation",
     )
     return parser.parse_args()
 
@@ -68,13 +68,13 @@ def enable_amp(cfg: Config) -> None:
 
 
 def enable_auto_scale_lr(cfg: Config) -> None:
-    """Switch on the linear rule, if the config says from which batch."""
+    """Switch on the linear rule, if the config has the base batch size."""
     auto = cfg.get('auto_scale_lr')
     if not isinstance(auto, dict) or not auto.get('base_batch_size'):
         raise UsageError(
             '--auto-scale-lr: the config has no auto_scale_lr.base_batch_size,'
-            ' the batch that its learning rate was made for: add '
-            'auto_scale_lr=dict(base_batch_size=16) with its number'
+            ' the batch size of its learning rate: add '
+            'auto_scale_lr=dict(base_batch_size=16) with your number'
         )
     cfg.auto_scale_lr.enable = True
 
@@ -93,7 +93,7 @@ def main() -> None:
     runner = build_runner(cfg)
     if note:
         runner.logger.warning(note)
-    with lost_ranks_told(patience(cfg)):
+    with lost_ranks_reported(patience(cfg)):
         runner.train()
     del runner
     leave_ranks()

@@ -1,4 +1,4 @@
-"""All checks, in the order in which they run: what others rest on is first."""
+"""All checks, in order: those that others depend on come first."""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whether ranks reach each other, with right sums, and how fast."""
+"""Whether ranks reach each other, sum correctly, and how fast."""
 
 import time
 from typing import List, Optional
@@ -45,7 +45,7 @@ def _all_reduce(
     lacking: List[str] = []
     faults: List[str] = []
     for dtype in DTYPES:
-        # of values that each type holds exactly, whatever the order
+        # values that each type sums exactly, in any order
         values = torch.full(
             (8,), ranks.rank % 8 + 1.0, dtype=dtype, device=ranks.device
         )
@@ -60,7 +60,7 @@ def _all_reduce(
         if abs(values[0].item() - expected) > 0.02 * expected:
             faults.append(
                 f'the sum of {dtype} is {values[0].item():g} and should be '
-                f'{expected:g}: the communication library is at fault; try '
+                f'{expected:g}: the communication library is wrong; try '
                 'another version of NCCL, or NCCL_P2P_DISABLE=1'
             )
     count = TIMED.get(ranks.device.type, 2**20)
@@ -76,7 +76,7 @@ def _all_reduce(
     sent = 2 * (len(members) - 1) / len(members) * 4 * count
     return (
         f'{len(members)} ranks sum {4 * count / 2**20:g} MiB in '
-        f'{1000 * seconds:.3g} ms, {sent / seconds / 1e9:.3g} GB/s by rank '
+        f'{1000 * seconds:.3g} ms, {sent / seconds / 1e9:.3g} GB/s per rank '
         f'({dist.get_backend()})'
         + ''.join(f'; it cannot sum {dtype}' for dtype in lacking),
         dict(milliseconds=1000 * seconds, gb_per_second=sent / seconds / 1e9),

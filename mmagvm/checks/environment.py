@@ -1,4 +1,4 @@
-"""What is installed, the same everywhere, and whether MMCV's ops run."""
+"""Whether versions are the same everywhere, and whether MMCV's ops run."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +11,7 @@ from mmagvm.checks.result import CheckFailedError, NotApplicableError
 from mmagvm.checks.running import Found
 from mmagvm.version import full_version
 
-#: By what they are imported as: OpenMMLab's distribution, and its fork's.
+#: Distributions of OpenMMLab and its fork, by the name to import.
 PACKAGES = dict(
     mmengine=('mmengine', 'onedl-mmengine'),
     mmcv=('mmcv', 'mmcv-lite', 'onedl-mmcv'),
@@ -21,7 +21,7 @@ PACKAGES = dict(
 
 
 def versions() -> Dict[str, str]:
-    """Of all that takes part in training."""
+    """Of all packages that training uses."""
     found = dict(
         python=platform.python_version(),
         torch=torch.__version__,
@@ -47,8 +47,8 @@ def same_versions(ranks: Ranks) -> Found:
     for name in sorted({*own, *first}):
         if own.get(name) != first.get(name):
             raise CheckFailedError(
-                f'{name} is {own.get(name)}, on rank 0 {first.get(name)}: '
-                'give every node the same environment'
+                f'{name} is {own.get(name)}, but {first.get(name)} on rank 0: '
+                'install the same environment on every node'
             )
     places = 'node' if ranks.nodes == 1 else 'nodes'
     return (
@@ -64,7 +64,7 @@ def same_versions(ranks: Ranks) -> Found:
 
 
 def mmcv_ops(ranks: Ranks) -> Found:
-    """Whether MMCV's compiled operators are there and right."""
+    """Whether MMCV's compiled operators are installed and correct."""
     device = ranks.device
     try:
         from mmcv.ops import nms, roi_align
@@ -93,7 +93,7 @@ def mmcv_ops(ranks: Ranks) -> Found:
         ) from None
     if kept != [1, 2] or abs(mean - 3.5) > 1e-4:
         raise CheckFailedError(
-            f'nms keeps boxes {kept} for [1, 2] and roi_align gives {mean:g} '
-            'for 3.5: build mmcv for this torch and GPU'
+            f'nms keeps boxes {kept} instead of [1, 2] and roi_align gives '
+            f'{mean:g} instead of 3.5: build mmcv for this torch and GPU'
         )
-    return f'nms and roi_align are right on {device.type}', {}
+    return f'nms and roi_align are correct on {device.type}', {}

@@ -1,8 +1,8 @@
 """phi and mu as training measures them, against brute force.
 
-Brute force is written out here, from the paper, and shares nothing with what
-it checks: a copy of the model outside of its data-parallel wrapper gives the
-gradient of each sample by itself, and all of them are gathered.
+Brute force follows the paper and shares no code with what it checks. A copy
+of the model outside of its data-parallel wrapper gives the gradient of each
+sample alone, and all of them are gathered.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from mmagvm.core import AGVM, Settings, module_groups
 MODULES = ('backbone', 'neck', 'rpn_head', 'bbox_head')
 IMAGES = 4  # of a rank in a micro-batch
 UPDATES = 3
-#: Largest error of phi; in mixed precision a kernel may round otherwise.
+#: Largest error of phi; in mixed precision kernels may round differently.
 TOLERANCE = {None: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 NAMES = {None: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
 
@@ -52,7 +52,7 @@ class Detector(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """How one training goes that is checked."""
+    """The settings of one training that is checked."""
 
     estimator: str
     optimizer: str
@@ -69,7 +69,7 @@ class Case:
         )
 
     def autocast(self, device: torch.device) -> ContextManager[Any]:
-        """As a forward pass of it runs."""
+        """The context of its forward passes."""
         if self.dtype is None:
             return nullcontext()
         return torch.autocast(device.type, self.dtype)
@@ -79,8 +79,8 @@ class Training:
     """A few updates of the small detector, with AGVM as users run it.
 
     Args:
-        case: What is trained how.
-        ranks: Which all do.
+        case: The settings.
+        ranks: All ranks, each of which trains.
     """
 
     def __init__(self, case: Case, ranks: Ranks) -> None:
@@ -166,7 +166,7 @@ class Training:
     def second_moment(self) -> Optional[Tensor]:
         """AdamW's v of all parameters, in float64; None before there is one.
 
-        Zero for SGD cannot be recognized: ask for AdamW only.
+        For AdamW only.
         """
         states = self.optimizer.state
         if not states:
@@ -178,7 +178,7 @@ class Training:
         return torch.cat(moments).cpu().double()
 
     def expected(self, update: int) -> Optional[Dict[str, float]]:
-        """phi of each module by brute force; None if it cannot be had yet."""
+        """phi of each module by brute force; None while it is undefined."""
         samples = self.samples(update)
         divisor = torch.ones(samples.shape[1], dtype=torch.float64)
         if self.case.optimizer == 'AdamW':
@@ -189,7 +189,7 @@ class Training:
                 divisor = v.sqrt() + 1e-8
             elif v is None:
                 return None
-            else:  # what had no gradient yet counts nothing
+            else:  # parameters without a gradient so far do not count
                 divisor = torch.where(v == 0, torch.inf, v.sqrt() + 1e-8)
         phi = phi_of_split if self.case.estimator == 'split' else phi_of_pairs
         scaled = samples / divisor
@@ -202,7 +202,7 @@ class Training:
     def first_half(self, count: int) -> Tensor:
         """Which samples are in the first half of ``split``, (count,).
 
-        Those of even ranks, of one rank the first micro-batches.
+        Those of even ranks; on one rank the first micro-batches.
         """
         place = torch.arange(count)
         if self.ranks.world_size == 1:
@@ -236,7 +236,7 @@ def shard(model: Detector, ranks: Ranks) -> None:
         ) from None
     if not hasattr(FSDPModule, 'set_custom_reduce_scatter'):
         raise NotApplicableError(
-            f'torch {torch.__version__} does not show gradients of shards'
+            f'torch {torch.__version__} gives no access to gradients of shards'
         )
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for unit in (model.backbone, model.neck, model):
@@ -244,7 +244,7 @@ def shard(model: Detector, ranks: Ranks) -> None:
 
 
 def whole(tensor: Any) -> Tensor:
-    """All of a tensor that may be in shards, by all ranks."""
+    """The whole of a tensor that may be in shards; called by all ranks."""
     full = getattr(tensor, 'full_tensor', None)
     found: Tensor = tensor if full is None else full()
     return found
@@ -264,7 +264,7 @@ def phi_of_split(samples: Tensor, first_half: Tensor) -> float:
 
 
 def phi_of_pairs(samples: Tensor, _: Tensor) -> float:
-    """Of each sample against each, from all their inner products."""
+    """Of each pair of samples, from all inner products."""
     count = len(samples)
     products = samples @ samples.T
     square = products.trace() / count
@@ -282,7 +282,7 @@ def check_variance(
     """phi of SGD and AdamW, with and without accumulation."""
     _need(dtype, ranks.device)
     if sharded and ranks.world_size == 1:
-        raise NotApplicableError('one rank, which keeps all of the model')
+        raise NotApplicableError('one rank, which keeps the whole model')
     counts = (1, 2) if ranks.world_size > 1 else (2, 4)
     largest = 0.0
     faults: List[str] = []
@@ -299,7 +299,7 @@ def check_variance(
 
 
 def _error(case: Case, ranks: Ranks, faults: List[str]) -> float:
-    """The largest one of phi; what is wrong is added to ``faults``."""
+    """The largest error of phi; adds what is wrong to ``faults``."""
     training, largest = Training(case, ranks), 0.0
     for update in range(UPDATES):
         expected = training.expected(update)
@@ -309,8 +309,8 @@ def _error(case: Case, ranks: Ranks, faults: List[str]) -> float:
         if measured != (expected is not None):
             faults.append(
                 f'update {update} was not measured ({case}): '
-                f'{training.agvm.why_missed() or "without a reason"}; report '
-                'it with the JSON file'
+                f'{training.agvm.why_missed() or "for no known reason"}; '
+                'report it with the JSON file'
             )
         for module, phi in (expected or {}).items():
             found = training.agvm.modulator.variance[module]
@@ -326,7 +326,7 @@ def _error(case: Case, ranks: Ranks, faults: List[str]) -> float:
 
 
 def same_multipliers(ranks: Ranks) -> Found:
-    """mu and weights after a few updates, the same bits on all ranks."""
+    """Whether mu and weights are bitwise equal on all ranks."""
     if ranks.world_size == 1:
         raise NotApplicableError('one rank')
     faults: List[str] = []
@@ -349,12 +349,12 @@ def same_multipliers(ranks: Ranks) -> Found:
         for name, value in own.items():
             if value != first[name]:
                 faults.append(
-                    f'{name} is {value}, on rank 0 {first[name]} '
-                    f'({estimator}): ranks would train apart; report it with '
-                    'the JSON file'
+                    f'{name} is {value}, but {first[name]} on rank 0 '
+                    f'({estimator}): weights of ranks would diverge; report '
+                    'it with the JSON file'
                 )
     fail_if(faults)
-    return 'lr_scale and weights are the same bits on all ranks', {}
+    return 'lr_scale and weights are bitwise equal on all ranks', {}
 
 
 def _need(dtype: Optional[torch.dtype], device: torch.device) -> None:

@@ -31,7 +31,7 @@ def sync_batch_norm(ranks: Ranks) -> Found:
         raise NotApplicableError('one rank, where SyncBN is BatchNorm2d')
     if ranks.device.type != 'cuda':
         raise NotApplicableError(
-            f'SyncBN needs GPUs, and this is {ranks.device.type}; CGBN trains '
+            f'SyncBN needs GPUs, and this is {ranks.device.type}; use CGBN '
             'here'
         )
     layer = nn.SyncBatchNorm(CHANNELS)
@@ -63,9 +63,9 @@ def _compare(layer: nn.Module, ranks: Ranks, members: List[int]) -> Found:
         error = float((value - other).abs().max())
         if not error <= TOLERANCE:
             faults.append(
-                f'{type(layer).__name__}: its {name} is off by {error:.2g}: '
-                'do not train with this layer here, and report it with the '
-                'JSON file'
+                f'the {name} of {type(layer).__name__} is off by '
+                f'{error:.2g}: do not train with this layer here, and report '
+                'it with the JSON file'
             )
         largest = max(largest, error)
     fail_if(faults)
@@ -79,7 +79,7 @@ def _compare(layer: nn.Module, ranks: Ranks, members: List[int]) -> Found:
 def _trained(
     layer: nn.Module, images: Tensor, upstream: Tensor
 ) -> Dict[str, Tensor]:
-    """What one forward and backward pass gives and leaves."""
+    """Output, gradients and statistics of one forward and backward pass."""
     images = images.clone().requires_grad_()
     output = layer(images)
     output.backward(upstream)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from mmengine.device import get_device
 
-#: Seconds between two looks for the result of another rank.
+#: Seconds between two polls for the result of another rank.
 PAUSE = 0.02
 
 
@@ -22,10 +22,9 @@ class Ranks:
         rank: Of this process, from 0.
         world_size: Processes in all.
         per_node: Processes on each node.
-        store: Where they exchange what they found, which works even
-            where collectives hang.
-        model_wrapper_cfg: How MMEngine is to wrap models. None for its
-            default.
+        store: Where they exchange results; it works even where collectives
+            hang.
+        model_wrapper_cfg: How MMEngine wraps models. None for its default.
     """
 
     rank: int
@@ -77,12 +76,12 @@ class Ranks:
         first = self.rank // self.per_node * self.per_node
         return list(range(first, first + self.per_node))
 
-    def tell(self, key: str, value: Any) -> None:
-        """Let the others know; ``value`` is plain."""
+    def report(self, key: str, value: Any) -> None:
+        """Send a value that JSON can hold to the others."""
         self.store.set(f'{key}/{self.rank}', json.dumps(value))
 
-    def told(self, key: str) -> List[Any]:
-        """What each rank has sent by now, None for nothing yet."""
+    def reported(self, key: str) -> List[Any]:
+        """What each rank has sent so far, None for nothing."""
         return [
             json.loads(self.store.get(f'{key}/{rank}'))
             if self.store.check([f'{key}/{rank}'])
@@ -95,11 +94,11 @@ class Ranks:
 
         Args:
             key: Used once only.
-            value: Plain, and not None.
+            value: One that JSON can hold, but not None.
         """
-        self.tell(key, value)
+        self.report(key, value)
         keys = [f'{key}/{rank}' for rank in range(self.world_size)]
-        # no store.wait, which would keep another thread from looking
+        # not store.wait, which would block the store for other threads
         while not self.store.check(keys):
             time.sleep(PAUSE)
-        return self.told(key)
+        return self.reported(key)

@@ -7,13 +7,13 @@ PASSED, FAILED, NOT_APPLICABLE = 'passed', 'failed', 'not applicable'
 
 
 class NotApplicableError(Exception):
-    """This machine lacks what the check is about; says what."""
+    """This machine lacks what the check needs; the message names it."""
 
 
 class CheckFailedError(Exception):
-    """Something is wrong here; says what, and what to do.
+    """Something is wrong; the message says what, and what to do.
 
-    Raised after the last collective of a check, in which others may wait.
+    Raised after the last collective of a check, so that no rank waits in it.
     """
 
 
@@ -33,7 +33,7 @@ class Result:
         sentence: What was found, what to do, or why it does not apply.
         numbers: What was measured, with the unit in the name.
         seconds: That the check took.
-        traceback: Of an error that no check raises by itself.
+        traceback: Of an unexpected error.
     """
 
     name: str
@@ -57,13 +57,13 @@ class Result:
 def of_all_ranks(results: Sequence[Result]) -> Result:
     """The result of a check from those of every rank, in their order.
 
-    Failed on one rank is failed. Numbers are the largest of any rank.
+    A check that fails on one rank fails. Numbers are the largest of any rank.
     """
     failed = [
         rank for rank, result in enumerate(results) if result.status == FAILED
     ]
-    told = results[failed[0] if failed else 0]
-    sentence = told.sentence
+    shown = results[failed[0] if failed else 0]
+    sentence = shown.sentence
     if failed and len(results) > 1:
         sentence = f'{_named(failed)}: {sentence}'
     numbers: Dict[str, float] = {}
@@ -72,7 +72,7 @@ def of_all_ranks(results: Sequence[Result]) -> Result:
             numbers[key] = max(value, numbers.get(key, value))
     seconds = max(result.seconds for result in results)
     return Result(
-        told.name, told.status, sentence, numbers, seconds, told.traceback
+        shown.name, shown.status, sentence, numbers, seconds, shown.traceback
     )
 
 

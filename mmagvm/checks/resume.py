@@ -1,4 +1,4 @@
-"""Whether a run that is resumed ends where one without a break does."""
+"""Whether a resumed run ends like one without a break."""
 
 import io
 from contextlib import redirect_stdout
@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 
 
 class Model(BaseModel):
-    """Three modules, without kernels that add up in any order."""
+    """Three modules, without kernels that sum in arbitrary order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,18 +55,18 @@ def resumed_run(ranks: Ranks, work_dir: Path) -> Found:
     """Two epochs in one go, and with a break after the first.
 
     Args:
-        ranks: That train.
-        work_dir: Which all nodes share.
+        ranks: All ranks, each of which trains.
+        work_dir: Shared by all nodes.
     """
     whole = _train(ranks, work_dir / 'whole')
-    # of this run, of which every rank must see what rank 0 wrote
+    # written by rank 0, and read by every rank
     middle = work_dir / 'whole/epoch_1.pth'
     sees = ranks.gather('sees the checkpoint', middle.exists())
     if not all(sees):
         raise CheckFailedError(
             f'rank {sees.index(False)} does not see {middle.resolve()}, which '
-            'rank 0 wrote: let --work-dir, and that of trainings, be a folder '
-            'that all nodes share'
+            'rank 0 wrote: choose a --work-dir that all nodes share, also for '
+            'training'
         )
     resumed = _train(
         ranks, work_dir / 'resumed', resume=True, load_from=str(middle)
@@ -85,10 +85,10 @@ def resumed_run(ranks: Ranks, work_dir: Path) -> Found:
             f'by {off:.1g}: do not resume runs here, and report it with the '
             'JSON file'
         )
-    same = 'the same bits' if largest == off == 0 else f'within {TOLERANCE:g}'
+    same = 'bitwise' if largest == off == 0 else f'within {TOLERANCE:g}'
     return (
-        'a run resumed from its checkpoint ends with weights and lr_scale of '
-        f'one without a break, {same}',
+        'a run resumed from its checkpoint ends with the weights and lr_scale '
+        f'of a run without a break, {same}',
         dict(weights_off=largest, lr_scale_off=off),
     )
 
@@ -128,7 +128,7 @@ def _train(ranks: Ranks, work_dir: Path, **settings: Any) -> Dict[str, Any]:
         cfg=cfg,
         **settings,
     )
-    with redirect_stdout(io.StringIO()):  # what it loads from
+    with redirect_stdout(io.StringIO()):  # hides the name of the checkpoint
         model = runner.train()
     state = runner.optim_wrapper.state_dict()['agvm']
     weights = {

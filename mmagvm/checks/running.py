@@ -1,4 +1,4 @@
-"""Running checks one after the other, to an end whatever happens."""
+"""Runs checks one after the other, and always comes to an end."""
 
 import os
 import threading
@@ -17,7 +17,7 @@ from mmagvm.checks.result import (
     of_all_ranks,
 )
 
-#: What was found, in a sentence and in numbers.
+#: The finding, in a sentence and in numbers.
 Found = Tuple[str, Dict[str, float]]
 Check = Callable[[Ranks], Found]
 #: Seconds by which rank 0, which reports, ends before the others.
@@ -35,10 +35,10 @@ def run_checks(
 
     Args:
         checks: By name.
-        ranks: That all run the same.
+        ranks: All ranks, each of which runs the same checks.
         patience: Seconds in which a check must end on all ranks. If it does
-            not, ranks wait for each other in a collective, and nothing
-            that follows could be told apart: the process ends, with status 1.
+            not, ranks hang in a collective, and later results would mean
+            nothing. So the process ends, with status 1.
         show: Called with each result as it comes.
         give_up: Called with all results on rank 0, before such an end.
 
@@ -56,7 +56,7 @@ def run_checks(
             if ranks.rank:
                 time.sleep(AHEAD)
                 os._exit(1)
-            ends = [_stuck(name, ranks.told(key), patience)]
+            ends = [_stuck(name, ranks.reported(key), patience)]
             ends += [
                 Result(
                     later,
@@ -74,9 +74,9 @@ def run_checks(
         timer.daemon = True
         timer.start()
         own = run_one(name, check, ranks)
-        told = ranks.gather(key, own.as_dict())
+        every = ranks.gather(key, own.as_dict())
         timer.cancel()
-        results.append(of_all_ranks([Result(**result) for result in told]))
+        results.append(of_all_ranks([Result(**result) for result in every]))
         show(results[-1])
     return results
 
@@ -100,18 +100,18 @@ def run_one(name: str, check: Check, ranks: Ranks) -> Result:
     return Result(name, status, sentence, numbers, seconds, trace)
 
 
-def _stuck(name: str, told: List[object], patience: float) -> Result:
-    """Of a check that some ranks do not leave."""
-    for rank, one in enumerate(told):
+def _stuck(name: str, reported: List[object], patience: float) -> Result:
+    """The result of a check that does not end on some ranks."""
+    for rank, one in enumerate(reported):
         if isinstance(one, dict) and one['status'] == FAILED:
             sentence = f'rank {rank}: {one["sentence"]}'
             return Result(**{**one, 'sentence': sentence})
-    missing = [rank for rank, one in enumerate(told) if one is None]
+    missing = [rank for rank, one in enumerate(reported) if one is None]
     sentence = (
-        f'rank {missing[0]} did not end within {patience:g} seconds: look at '
-        'what it printed; if nothing, ranks cannot reach each other: set '
-        'NCCL_DEBUG=INFO, and NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME without '
-        'GPUs) to the network interface between nodes; if it is only slow, '
-        'give a longer --timeout'
+        f'rank {missing[0]} did not end within {patience:g} seconds: read '
+        'what it printed. If it printed nothing, ranks cannot reach each '
+        'other: set NCCL_DEBUG=INFO, and NCCL_SOCKET_IFNAME '
+        '(GLOO_SOCKET_IFNAME without GPUs) to the network interface between '
+        'nodes. If it is only slow, give a longer --timeout'
     )
     return Result(name, FAILED, sentence, seconds=patience)

@@ -1,4 +1,4 @@
-"""How nodes and ranks meet: within a time, or with what to check."""
+"""How nodes and ranks meet: within a timeout, or with a list of checks."""
 
 import os
 import socket
@@ -21,8 +21,8 @@ def timeout_seconds() -> int:
     text = os.environ.get('TIMEOUT') or str(DEFAULT_TIMEOUT)
     if not text.isdecimal() or int(text) == 0:
         raise UsageError(
-            f'TIMEOUT={text}: the seconds that nodes and ranks wait for each '
-            'other, a whole number from 1'
+            f'TIMEOUT={text}: write the seconds that nodes and ranks wait for '
+            'each other, a whole number from 1'
         )
     return int(text)
 
@@ -38,22 +38,23 @@ Check that
 - the same command runs on every node, with the same NNODES, MASTER_ADDR, PORT
   and number of GPUs, and each with its own NODE_RANK, counted from 0: here
   NNODES={env.get('NNODES', 1)} and NODE_RANK={env.get('NODE_RANK', 0)};
-- MASTER_ADDR={addr} is node 0, by a name that every node resolves;
-- nothing else uses PORT={port} on node 0, and no firewall closes it or the
+- MASTER_ADDR={addr} is node 0, under a name that every node resolves;
+- nothing else uses PORT={port} on node 0, and no firewall blocks it or the
   other ports between the nodes;
 - NCCL_SOCKET_IFNAME, or GLOO_SOCKET_IFNAME without GPUs, names the network
   interface that joins the nodes, where they have several;
-- no rank has stopped or hangs: its own output says why;
-- TIMEOUT={timeout_seconds()} seconds is more than nodes start apart.
+- no rank has stopped or hangs: its own output shows why;
+- TIMEOUT={timeout_seconds()} seconds is longer than the delay between the
+  starts of the nodes.
 """
 
 
 @contextmanager
 def deadline(seconds: float, happened: str) -> Iterator[None]:
-    """End the process, saying what to check, if the block takes longer.
+    """End the process with a list of checks if the block takes longer.
 
-    A thread does it, since a call that hangs in C++ sees no exception and
-    no Python signal handler.
+    A thread ends it, since neither an exception nor a Python signal handler
+    reaches a call that hangs in C++.
     """
 
     def give_up() -> None:
@@ -70,7 +71,7 @@ def deadline(seconds: float, happened: str) -> Iterator[None]:
         timer.cancel()
 
 
-#: What gloo says when a peer is gone or does not answer. It raises plain
+#: gloo's messages when a peer is gone or does not answer. It raises plain
 #: RuntimeErrors, where NCCL's are dist.DistError.
 LOST = (
     'Timed out waiting',
@@ -82,8 +83,8 @@ LOST = (
 
 
 @contextmanager
-def lost_ranks_told(seconds: float) -> Iterator[None]:
-    """Say what to do if the other ranks are lost in the block.
+def lost_ranks_reported(seconds: float) -> Iterator[None]:
+    """Report what to do if other ranks are lost in the block.
 
     Args:
         seconds: How long a collective waits for them.
@@ -102,8 +103,8 @@ def lost_ranks_told(seconds: float) -> Iterator[None]:
         raise LostRanksError(f"""
 {text}
 Rank {env.get('RANK', 0)} on node {env.get('NODE_RANK', 0)} lost the others.
-- A rank that failed by itself causes this on all others: see what each node
-  printed, and fix the first error that is not this one.
+- One rank that fails causes this on all others: read what each node printed,
+  and fix the first error that is not this one.
 - If there is none, the network between nodes was cut, or a rank took more than
   env_cfg.dist_cfg.timeout={seconds} seconds for one step or evaluation.
 Then start the same command on every node again, with --resume.
@@ -143,9 +144,9 @@ def wait_for_ranks(store: dist.Store, seconds: float, within: str) -> None:
     """Return once every rank has come here, or exit and name the missing ones.
 
     Args:
-        store: That all ranks have.
+        store: Shared by all ranks.
         seconds: To wait.
-        within: What the message says about that time.
+        within: That time, as the message names it.
     """
     ranks = [
         f'{restarts()}/rank {rank}'

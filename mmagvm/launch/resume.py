@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: the newest that can be read."""
+"""Which checkpoint a run resumes from: the newest readable one."""
 
 import pickle
 import re
@@ -16,7 +16,7 @@ from mmagvm.launch.rendezvous import launcher_store, restarts, timeout_seconds
 
 
 class Choice(NamedTuple):
-    """What to resume from, and what to say about it."""
+    """What to resume from, and what to report about it."""
 
     #: None: start from the beginning.
     path: Optional[str] = None
@@ -29,8 +29,8 @@ class Choice(NamedTuple):
 def choose_checkpoint(cfg: Config, resume: Optional[str]) -> str:
     """Set the config's ``resume`` and ``load_from``.
 
-    Rank 0 looks and informs the others, so that all resume from one file even
-    where a shared folder looks different from node to node for a while.
+    Rank 0 chooses for all ranks. So all resume from one file, even while a
+    shared folder looks different from node to node.
 
     Args:
         cfg: The config, with its work dir.
@@ -49,7 +49,7 @@ def choose_checkpoint(cfg: Config, resume: Optional[str]) -> str:
     if get_rank() == 0:
         choices = [_choose_at_start(cfg.work_dir, resume)]
         if choices[0].error:
-            # before the others hear of it and exit, when rank 0 is ended too
+            # now, since the launcher ends rank 0 once the others exit
             print(choices[0].error, file=sys.stderr, flush=True)
     broadcast_object_list(choices)
     path, note, error = choices[0]
@@ -69,14 +69,14 @@ def _choose_at_start(work_dir: str, resume: Optional[str]) -> Choice:
         return choose(work_dir, resume)
     if has_saved_since_launch(work_dir):
         chosen = choose(work_dir, 'auto')
-        told = chosen.note or f'resume: from {chosen.path}'
+        note = chosen.note or f'resume: from {chosen.path}'
     else:
         chosen = choose(work_dir, resume)
-        told = chosen.note or (
-            'resume: nothing was saved since launch, so the run starts as it '
-            f'did then, from {chosen.path or "the beginning"}'
+        note = chosen.note or (
+            'resume: nothing was saved since launch, so the run starts again '
+            f'from {chosen.path or "the beginning"}'
         )
-    return chosen._replace(note=f'{told} (restart {restarts()})')
+    return chosen._replace(note=f'{note} (restart {restarts()})')
 
 
 def choose(work_dir: str, resume: Optional[str]) -> Choice:
@@ -99,15 +99,15 @@ def choose(work_dir: str, resume: Optional[str]) -> Choice:
     if not why:
         return Choice(newest)
     before = newest_readable(earlier(Path(newest)))
-    told = f'resume: the newest checkpoint {newest} is damaged ({why})'
+    damaged = f'resume: the newest checkpoint {newest} is damaged ({why})'
     if before is None:
         return Choice(
-            error=f'{told}, and there is no readable one before it: name '
+            error=f'{damaged}, and there is no earlier readable one: name '
             'another with --resume PATH, or train from the beginning in '
             'another --work-dir'
         )
     return Choice(
-        str(before), f'{told}: resuming from the one before it, {before}'
+        str(before), f'{damaged}: resuming from the one before it, {before}'
     )
 
 
@@ -119,19 +119,21 @@ def _choose_named(path: Path) -> Choice:
         return Choice(str(path))
     before = newest_readable(earlier(path))
     way_out = (
-        'and there is no readable one before it'
+        'and there is no earlier readable one'
         if before is None
         else f'the newest readable one before it is {before}'
     )
-    return Choice(error=f'--resume {path}: is damaged ({why}), {way_out}')
+    return Choice(
+        error=f'--resume {path}: the file is damaged ({why}), {way_out}'
+    )
 
 
 def damage(path: Path) -> str:
-    """What is wrong with a checkpoint file, or '' if nothing is.
+    """The damage of a checkpoint file, or '' if there is none.
 
-    torch writes an uncompressed zip archive with a checksum of every tensor:
-    reading it once finds a truncated file as well as a flipped bit. torch's
-    own reader then maps it, for it is stricter about the archive's headers.
+    torch writes an uncompressed zip archive with a checksum of every tensor.
+    So reading it once finds a truncated file as well as a flipped bit. Then
+    torch's own reader maps it, as it is stricter about the archive's headers.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -142,7 +144,7 @@ def damage(path: Path) -> str:
     except zipfile.BadZipFile:
         return 'it was not written to its end, or is no checkpoint'
     except pickle.UnpicklingError:
-        return ''  # whole, but with a type that torch refuses: it will say so
+        return ''  # complete, but with a type that torch will refuse
     except Exception as error:  # whatever a flipped bit of a header causes
         return str(error).partition('. ')[0] or type(error).__name__
     return ''
@@ -151,9 +153,9 @@ def damage(path: Path) -> str:
 def last_checkpoint(work_dir: str) -> Optional[str]:
     """The newest checkpoint of a work dir, which may be damaged.
 
-    The one that MMEngine's file ``last_checkpoint`` names, there or, if the
-    work dir was moved, here. Where that file is missing or itself cut off,
-    the one that was written last.
+    MMEngine's file ``last_checkpoint`` names it. If the work dir was moved, a
+    file of that name in the work dir counts. If that file is missing or
+    truncated, it is the checkpoint that was written last.
     """
     named = ''
     if Path(work_dir, 'last_checkpoint').is_file():
@@ -199,17 +201,16 @@ def _number(path: Path) -> Optional[int]:
 def has_saved_since_launch(work_dir: str) -> bool:
     """Whether this is a restart by torchrun that has something to resume.
 
-    A work dir may hold checkpoints of earlier runs, which a restart of a run
-    that began anew must not pick up. So the first attempt leaves in
-    torchrun's store, which outlives it, what was there at launch. Call it on
-    rank 0 only.
+    A work dir may hold checkpoints of earlier runs. If a run began anew, its
+    restart must not pick them up. So the first attempt stores what was there
+    at launch in torchrun's store, which outlives it. Call it on rank 0 only.
     """
     store = launcher_store(timeout_seconds())
     if store is None:
         return False
     now = _state_of(Path(work_dir, 'last_checkpoint'))
     key = 'last_checkpoint at launch'
-    # also absent on a restart of ranks that died before they came here
+    # also absent on a restart of ranks that died before this point
     if not store.check([key]):
         store.set(key, now)
     return store.get(key).decode() != now

@@ -38,7 +38,7 @@ def common_parser(description: str) -> argparse.ArgumentParser:
         action=DictAction,
         help='override settings of the config: key=value pairs such as '
         'optim_wrapper.interval=5; lists as key="[a,b]" or key=a,b, without '
-        'blanks',
+        'spaces',
     )
     parser.add_argument(
         '--launcher',
@@ -68,23 +68,23 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def join_ranks(cfg: Config) -> None:
-    """Make the process group, and see that its ranks reach each other.
+    """Make the process group, and check that its ranks reach each other.
 
-    MMEngine would make it later, without a word on what to check when a rank
-    does not come. Every rank ends with such a message within TIMEOUT seconds;
-    when several nodes restart, after the time in which all hear of the loss.
+    MMEngine would make it later, and a missing rank would not be explained.
+    Here every rank ends within TIMEOUT seconds, with a list of what to check.
+    When several nodes restart, the time to notice the loss comes on top.
     """
     if cfg.launcher == 'none':
         return
     if cfg.launcher != 'pytorch' and get_device() == 'cpu':
         raise UsageError(
             f'--launcher {cfg.launcher} needs a GPU for each '
-            'rank, and this machine has none: use pytorch'
+            'rank, but this machine has none: use --launcher pytorch'
         )
     seconds: float = timeout_seconds()
     within = f'TIMEOUT={seconds:g} seconds'
     if restarts() and int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1:
-        # each node restarts when it hears of the loss, and counts for itself
+        # each node restarts, with its own timeout, once it notices the loss
         within = f'{patience(cfg):g} seconds to notice a loss and {within}'
         seconds += patience(cfg)
     with deadline(
@@ -92,7 +92,7 @@ def join_ranks(cfg: Config) -> None:
     ):
         store = launcher_store(seconds)
         if store is not None:
-            # some time must be left to ask which ranks are missing
+            # leaves some time to find out which ranks are missing
             wait_for_ranks(store, 0.9 * seconds, within)
         init_process_group(cfg, store)
         met = torch.ones(1, device=get_comm_device())
@@ -101,12 +101,12 @@ def join_ranks(cfg: Config) -> None:
 
 
 def leave_ranks() -> None:
-    """Give up the process group, with its threads, after work that went well.
+    """Destroy the process group, with its threads, after a successful run.
 
-    MMEngine never does: NCCL warns of it, and a thread of gloo that holds a
-    tensor for a moment too long aborts a Python that is ending, so that a run
-    that has done all its work is reported as failed. Nothing may refer to the
-    runner any more, as its model keeps the group.
+    MMEngine never does, and NCCL warns of it. A thread of gloo that holds a
+    tensor a moment too long aborts Python at its exit, and a complete run is
+    reported as failed. Delete all references to the runner before, as its
+    model keeps the group.
     """
     gc.collect()  # runner and hooks refer to each other
     if dist.is_initialized():
@@ -134,8 +134,8 @@ def init_process_group(cfg: Config, store: Optional[dist.Store]) -> None:
     timeout = datetime.timedelta(seconds=patience(cfg))
     group: Dict[str, Any] = {}
     if store is not None and get_device() in ('cpu', 'cuda'):
-        # or ranks that were restarted would find in the store, which torchrun
-        # keeps, the addresses of those that died
+        # with a prefix, as torchrun's store still has the addresses of ranks
+        # that died before a restart
         store = dist.PrefixStore(f'group {restarts()}', store)
         store.set_timeout(timeout)
         group = dict(
@@ -144,7 +144,7 @@ def init_process_group(cfg: Config, store: Optional[dist.Store]) -> None:
             world_size=int(os.environ['WORLD_SIZE']),
         )
     if get_device() != 'cpu':
-        # as the Runner does, which finds both done
+        # what the Runner would do later; it skips what is done
         set_multi_processing(**env_cfg.get('mp_cfg', {}), distributed=True)
         init_dist(cfg.launcher, **dist_cfg, **group)
         return
@@ -159,7 +159,7 @@ def init_process_group(cfg: Config, store: Optional[dist.Store]) -> None:
 
 
 def use_omp_threads() -> None:
-    """Give torch as many threads as OMP_NUM_THREADS says, on a CPU.
+    """Give torch OMP_NUM_THREADS threads, on a CPU.
 
     gloo's threads and data workers compete with torch's own.
     """
@@ -168,12 +168,12 @@ def use_omp_threads() -> None:
 
 
 def refuse_ignored_settings(cfg: Config) -> None:
-    """Raise a UsageError for what MMEngine would leave out without a word."""
+    """Raise a UsageError for settings that MMEngine would ignore silently."""
     if type_name(cfg.get('runner_type')) != 'FlexibleRunner':
         if cfg.get('strategy'):
             raise UsageError(
-                f'strategy={dict(cfg.strategy)} is read by a FlexibleRunner '
-                "only: set runner_type='FlexibleRunner' too"
+                f'strategy={dict(cfg.strategy)} is only read by a '
+                "FlexibleRunner: also set runner_type='FlexibleRunner'"
             )
         return
     for name in ('activation_checkpointing', 'find_unused_parameters'):

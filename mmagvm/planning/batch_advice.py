@@ -1,10 +1,10 @@
 """Advises on the batch size, from what AGVM measured in a run.
 
-Reports for each module the batch at which its gradient stops gaining (the
-gradient noise scale of McCandlish et al., "An Empirical Model of Large-Batch
-Training", 2018), what the whole model tolerates, and which multipliers AGVM
-would give at other batches; all with 95 % intervals, or with the statement
-that the run is too short to say.
+Reports for each module the batch size at which its gradient stops gaining
+(the gradient noise scale of McCandlish et al., "An Empirical Model of
+Large-Batch Training", 2018). Also reports which batch size the whole model
+tolerates, and the multipliers that AGVM would apply at other batch sizes.
+All values have 95 % intervals, unless the run is too short for one.
 """
 
 import re
@@ -75,8 +75,8 @@ def read_batch_size(run: Run) -> int:
         if found:
             return int(found[-1])
     raise UsageError(
-        f'{run.work_dir}: no log has the batch size: give the images of an '
-        'update, over all GPUs and accumulation, with --batch-size'
+        f'{run.work_dir}: no log has the batch size: give the images per '
+        'update, over all GPUs and micro-batches, with --batch-size'
     )
 
 
@@ -90,8 +90,8 @@ def read_measured(run: Run, batch_size: int, begin: Optional[int]) -> Measured:
             noise scale grows while a model learns.
     """
     series = run.by_module('variance')
-    # nothing can be advised on a module without a gradient all the time, nor
-    # on one that the run was resumed without
+    # leave out modules without a gradient throughout the run, and modules
+    # that a resumed run no longer has
     modules = [m for m in run.modules if np.isfinite(series[m][1]).any()]
     last = max((series[m][0][-1] for m in modules), default=0)
     modules = [m for m in modules if series[m][0][-1] == last]
@@ -107,10 +107,10 @@ def read_measured(run: Run, batch_size: int, begin: Optional[int]) -> Measured:
     if count < least:
         part = 'second half' if begin is None else f'part from --begin {begin}'
         raise UsageError(
-            f'{run.work_dir}: too short to say: the {part} has {count} logged '
-            f'measurements, {least} are needed: train longer, measure more '
-            'often (optim_wrapper.interval) and log each '
-            '(default_hooks.logger.interval), or use more with --begin'
+            f'{run.work_dir}: the run is too short: the {part} has {count} '
+            f'logged measurements, {least} are needed. Train longer, measure '
+            'more often (optim_wrapper.interval) and log each measurement '
+            '(default_hooks.logger.interval), or use more of them with --begin'
         )
 
     def values(quantity: str, module: str) -> np.ndarray:
@@ -149,7 +149,7 @@ def with_interval(value: float, low: float, high: float) -> str:
 def noise_table(
     measured: Measured, cosine: np.ndarray, draws: np.ndarray
 ) -> str:
-    """What each module's noise scale is, and whether that can be said."""
+    """The noise scale of each module, and how well it is known."""
     batch = measured.batch_size
     value = noise_scale(cosine, batch)
     low, high = interval(noise_scale(draws, batch))
@@ -157,7 +157,7 @@ def noise_table(
     rows = []
     for i, module in enumerate(measured.modules):
         if not np.isfinite(high[i]):
-            verdict = f'at least {number(low[i])}; too short to say how much'
+            verdict = f'at least {number(low[i])}; run too short for more'
         elif high[i] > TOO_WIDE * low[i]:
             verdict = 'its order of magnitude'
         else:
@@ -258,8 +258,8 @@ def advise(
     ]
     if (drift(cosines) > DRIFT).any():
         lines.append(
-            'Where it drifts, this is an average over a change, such as of '
-            'the learning rate: choose a part without one with --begin'
+            'Where it drifts, this is an average over a change, for instance '
+            'of the learning rate: choose a part without one with --begin'
         )
     low, high = interval(draws)
     for i, module in enumerate(modules):
@@ -283,21 +283,21 @@ def advise(
     ]
     if outside:
         lines.append(
-            f'What AGVM logged at the end for {", ".join(outside)}, a ratio '
-            'of moving averages, is outside: the noise scale changes, or the '
-            'size of gradients does'
+            'Outside the interval is what AGVM logged at the end, a ratio of '
+            f'moving averages, for {", ".join(outside)}: the noise scale or '
+            'the size of gradients changes'
         )
     if np.isnan(logged).all():
         lines.append(
-            "estimator='split' logs no noise scale: taken from its phi, with "
-            "more error than estimator='pairs' has"
+            "estimator='split' logs no noise scale: it is computed from phi, "
+            "with a larger error than that of estimator='pairs'"
         )
     lines += ['', whole_model(measured, cosine, draws), '']
     index = modules.index(anchor)
     lines += [
-        f'What a step gains, of what it would with all images there are, in '
-        'the module with the least noise; and the multipliers to expect, '
-        f'following {anchor}:',
+        'Gain of a step in the module with the least noise, relative to a '
+        'step with all images; and the expected multipliers, relative to '
+        f'{anchor}:',
         '',
         scale_table(
             measured,
@@ -308,15 +308,15 @@ def advise(
             (eps, ratio_range),
         ),
         '',
-        f'At {old} the run itself had, on average: '
+        f'Average multipliers of the run itself, at {old}: '
         + ', '.join(
             f'{module} {value:.2f}'
             for module, value in zip(modules, measured.lr_scale)
             if module != anchor
         )
-        + '. Single measurements scatter, which makes the average of a root '
-        'of a ratio larger than the root of the ratio of averages above, and '
-        'the moving average lags',
+        + '. They differ from the expected ones: single measurements '
+        'scatter, so the average of a root of a ratio is larger than the '
+        'root of a ratio of averages, and the moving average lags',
     ]
     return '\n'.join(lines)
 
@@ -324,7 +324,7 @@ def advise(
 def whole_model(
     measured: Measured, cosine: np.ndarray, draws: np.ndarray
 ) -> str:
-    """Up to which batch every module gains, and beyond which none does."""
+    """The batch sizes up to which every module gains, and the last one."""
     old = measured.batch_size
     # the largest cosine has the smallest noise scale
     first, last = int(cosine.argmax()), int(cosine.argmin())
@@ -334,12 +334,12 @@ def whole_model(
         'more images'
     )
     if not np.isfinite(high):
-        return text + '; the run is too short to say where that ends'
+        return text + '; the run is too short for an upper limit'
     end = float(noise_scale(cosine[last], old))
     most = f'{number(end)} images' if np.isfinite(end) else 'any batch'
     return (
         f'{text}, beyond {number(high)} '
-        f'{measured.modules[first]} no longer does (best guess '
+        f'{measured.modules[first]} no longer does (best estimate '
         f'{number(float(noise_scale(cosine[first], old)))}); '
-        f'{measured.modules[last]} goes on to gain up to {most}'
+        f'{measured.modules[last]} keeps gaining up to {most}'
     )

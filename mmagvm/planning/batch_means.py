@@ -4,13 +4,13 @@ from typing import Tuple
 
 import numpy as np
 
-#: Consecutive values are averaged in so many blocks, whose spread gives the
-#: intervals: far fewer than values, as these are correlated.
+#: Number of blocks of consecutive values. The spread of the blocks' averages
+#: gives the intervals, since single values are correlated.
 BLOCKS = 10
 #: Fewer in a block would leave the blocks correlated, too.
 LEAST_PER_BLOCK = 4
-#: Correlation of neighbouring blocks from which on what is averaged is taken
-#: to change; of 10 independent ones it is larger once in a hundred times.
+#: From this correlation of neighbouring blocks on, the mean is taken to
+#: drift. Of 10 independent blocks it is larger once in a hundred times.
 DRIFT = 0.5
 DRAWS = 20_000
 
@@ -26,10 +26,9 @@ def draw_means(
     between series, so that functions of several means can be judged.
 
     Args:
-        values: (n, h), h series; of n values the first n % blocks are left
-            out.
-        blocks: How many, 2 or more.
-        draws: How many.
+        values: (n, h), h series; the first n % blocks values are left out.
+        blocks: Number of blocks, 2 or more.
+        draws: Number of draws.
         seed: Of the random numbers.
 
     Returns:

@@ -18,8 +18,8 @@ from mmagvm.engine.config_types import (
 from mmagvm.errors import refuse
 from mmagvm.recipes.lr_scaling import COCO_IMAGES, RECIPES, STUDY_RULES, Recipe
 
-#: Images of data sets that need not lie here: class, and file of ann_file or,
-#: without one, last folder of data_prefix's images.
+#: Images of data sets that need not be on this machine, by class and file
+#: name of ann_file or, without one, last folder of data_prefix's images.
 IMAGES = {
     ('CocoDataset', 'instances_train2017.json'): COCO_IMAGES,
     ('CocoPanopticDataset', 'panoptic_train2017.json'): COCO_IMAGES,
@@ -48,12 +48,12 @@ def load(name: str) -> Config:
 def scope_of(cfg: Config, otherwise: str = 'mmengine') -> str:
     """Where a config's names without a package are looked up.
 
-    Pure Python configs set none, so that each package finds its own: that of
-    the model's class, here.
+    Pure Python configs set no scope; theirs is the package of the model's
+    class.
 
     Args:
         cfg: The config.
-        otherwise: The scope if it says nothing.
+        otherwise: The scope if the config names none.
     """
     scope = cfg.get('default_scope')
     if scope is None and 'default_scope' in cfg:
@@ -96,8 +96,8 @@ def _find_batch(name: str, cfg: Config) -> Tuple[int, str]:
     if named:
         return named
     return 8 * images, (
-        f"8 GPUs, mmdet's default, x {images} images, as nothing says "
-        'otherwise; if that is wrong, give --base-batch-size'
+        f"8 GPUs, mmdet's default, x {images} images, as the config does not "
+        'name another; if that is wrong, give --base-batch-size'
     )
 
 
@@ -168,7 +168,7 @@ def without_weights(cfg: Any) -> Any:
 
 
 def is_iteration_based(train_cfg: Dict[str, Any]) -> bool:
-    """Whether a training is as long as a number of iterations."""
+    """Whether the length of a training is given in iterations."""
     return 'max_iters' in train_cfg
 
 
@@ -181,8 +181,8 @@ def is_adaptive(optimizer: str) -> bool:
 def recipe_of(optimizer: str, train_cfg: Dict[str, Any]) -> Recipe:
     """The nearest of the paper's recipes, for warm-up and tau.
 
-    That of Semantic FPN for whatever is counted in iterations, of Faster R-CNN
-    with AdamW or SGD for the rest.
+    That of Semantic FPN for trainings counted in iterations, of Faster R-CNN
+    with AdamW or SGD for the others.
     """
     if is_iteration_based(train_cfg):
         return RECIPES['sem_fpn']

@@ -1,7 +1,7 @@
 """Numbers of a config that count iterations, epochs or images.
 
-Those of which it is known how they follow the batch are converted; all others
-are named, because their meaning changes silently.
+Those with a known dependence on the batch size are converted. All others are
+reported, because their meaning changes silently.
 """
 
 import re
@@ -34,9 +34,9 @@ SECTIONS = (
     *('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler'),
     *('train_cfg', 'default_hooks', 'custom_hooks', 'log_processor'),
 )
-#: Moving averages of weights: the setting of their share, its default.
+#: Hooks with a moving average of weights, and their default momentum.
 AVERAGES = dict(EMAHook=2e-4, MeanTeacherHook=1e-3)
-#: And the iterations in which that of these comes down, with its default.
+#: Averages that lower their momentum over gamma iterations, and its default.
 GAMMAS = dict(ExpMomentumEMA=2000, MomentumAnnealingEMA=100)
 
 #: Hooks that count epochs by default.
@@ -44,7 +44,7 @@ EPOCHS = ('CheckpointHook', 'PipelineSwitchHook', 'YOLOXModeSwitchHook')
 
 
 def averaged(momentum: float, times: float) -> float:
-    """The share that forgets as fast in images.
+    """The momentum that forgets as fast per image.
 
     Args:
         momentum: Share of the new weights, in each iteration.
@@ -70,16 +70,18 @@ def convert_average(
     if not 0 < old < 1 or times == 1:
         return None
     new: Dict[str, Any] = dict(momentum=averaged(old, times))
-    told = [f'momentum {old:g} -> {new["momentum"]:g}']
+    changes = [f'momentum {old:g} -> {new["momentum"]:g}']
     if kind in GAMMAS:
         gamma = hook.get('gamma', GAMMAS[kind])
         new['gamma'] = max(1, round(gamma / times))
-        told.append(f'gamma {gamma:g} -> {new["gamma"]}')
+        changes.append(f'gamma {gamma:g} -> {new["gamma"]}')
     if hook.get('begin_iter'):
         new['begin_iter'] = max(1, round(hook['begin_iter'] / times))
-        told.append(f'begin_iter {hook["begin_iter"]} -> {new["begin_iter"]}')
+        changes.append(
+            f'begin_iter {hook["begin_iter"]} -> {new["begin_iter"]}'
+        )
     return new, (
-        f'{name}: {", ".join(told)}, so that it forgets as fast in images '
+        f'{name}: {", ".join(changes)}, so that it forgets as fast per image '
         '(it averages in every iteration)'
     )
 
@@ -87,12 +89,12 @@ def convert_average(
 def unchanged(
     cfg: Config, diff: Dict[str, Any], by_epoch: bool
 ) -> Tuple[List[str], List[str]]:
-    """Numbers that are as before: those of iterations, and of epochs.
+    """Numbers that do not change: those of iterations, and of epochs.
 
     Args:
         cfg: The original.
         diff: What changes in it.
-        by_epoch: Whether the training is as long as a number of epochs.
+        by_epoch: Whether the length of the training is given in epochs.
 
     Returns:
         Each as ``where=value``, once.
@@ -101,7 +103,7 @@ def unchanged(
     epochs: Dict[str, None] = {}
     for section in SECTIONS:
         if section == 'param_scheduler' and section in diff:
-            continue  # is converted as a whole, epochs are epochs
+            continue  # converted as a whole; epochs stay as they are
         default = by_epoch and section == 'train_cfg'
         for where, owner, value in _counts(cfg.get(section), section, {}):
             if _is_changed(diff, where, value):
@@ -120,7 +122,7 @@ def unchanged(
 def _counts(
     value: Any, where: str, owner: Dict[str, Any]
 ) -> Iterator[Tuple[str, Dict[str, Any], Any]]:
-    """Path, dict with a type, and value of all that may count."""
+    """Path, enclosing dict with a type, and value of numbers that count."""
     if isinstance(value, dict):
         owner = value if 'type' in value or not owner else owner
         for key, item in value.items():
@@ -151,17 +153,17 @@ def _is_count(where: str, key: str, owner: Dict[str, Any], value: Any) -> bool:
         return False
     section = where.partition('.')[0].partition('[')[0]
     if key == 'momentum':
-        # an average over iterations; that of an optimizer is over updates
+        # an average over iterations; an optimizer's is over updates
         return section in ('model', 'custom_hooks', 'default_hooks')
     if key == 'window_size':
         return section == 'log_processor'
     if section == 'train_dataloader' and key == 'times':
-        return False  # is in the images of an epoch
+        return False  # counted in the images of an epoch
     return bool(COUNTS.search(key)) and not WITHIN.fullmatch(key)
 
 
 def _is_number(value: Any) -> bool:
-    """A number, or lists of them, that is not switched off."""
+    """Whether a value is a positive number, or a list of them."""
     if isinstance(value, (list, tuple)):
         return bool(value) and all(_is_number(item) for item in value)
     return (
@@ -172,7 +174,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_changed(diff: Any, where: str, value: Any) -> bool:
-    """Whether what changes says another value there, or says it again."""
+    """Whether ``diff`` sets another value there."""
     for key in re.findall(r'[^.\[\]]+', where):
         if isinstance(diff, dict) and key in diff:
             diff = diff[key]
@@ -187,7 +189,7 @@ def _is_changed(diff: Any, where: str, value: Any) -> bool:
 
 
 def _readable(where: str, owner: Dict[str, Any]) -> str:
-    """A list's index says less than the type of what is there."""
+    """The path with a type in place of a list's index."""
     name = type_name(owner.get('type'))
     head, dot, key = where.rpartition('.')
     return f'{head[:-1]}: {name}]{dot}{key}' if head.endswith(']') else where

@@ -15,7 +15,7 @@ from mmagvm.planning.config_reader import one_line
 
 #: Objects in an image of COCO, on average: 860001 boxes, 117266 images.
 OBJECTS = 7
-#: Iterations that do not count.
+#: Iterations that are not timed.
 WARM_UP = 2
 
 
@@ -34,7 +34,7 @@ def image_size(cfg: Config) -> Tuple[int, int]:
         elif kind == 'RandomCrop' and 'crop_size' in step:
             size = step['crop_size']
             height, width = (size, size) if isinstance(size, int) else size
-            if height > 1:  # or a part of the image
+            if height > 1:  # otherwise a fraction of the image
                 found = int(height), int(width)
     if found is None:
         refuse(
@@ -93,7 +93,7 @@ def make_data(
         for step in steps
         if type_name(step.get('type')) == 'SegRescale'
     ]
-    # which loads masks and a map by default
+    # panoptic pipelines load masks and a map by default
     panoptic = any('Panoptic' in type_name(step.get('type')) for step in steps)
     data: Dict[str, Any] = demo_mm_inputs(
         images,
@@ -117,10 +117,10 @@ def profile(
 
     Args:
         cfg: Of the model and its optimizer.
-        model: It is trained, on noise.
+        model: The model, which is trained on noise.
         images: Of an iteration.
         size: Height and width.
-        repetitions: Iterations that count; two go before them.
+        repetitions: Iterations that count, after two that do not.
     """
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     print(
@@ -133,7 +133,7 @@ def profile(
     seconds = []
     try:
         model.init_weights()
-        # which CPUs have not, and which one process does not need
+        # CPUs have no SyncBN, and one process does not need it
         model = revert_sync_batchnorm(model).to(device).train()
         wrapper = build_optim_wrapper(
             model,

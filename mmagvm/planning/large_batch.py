@@ -39,9 +39,9 @@ CONSTRUCTORS = (
     'DefaultOptimWrapperConstructor',
     'AGVMOptimWrapperConstructor',
 )
-#: Optimizers to change to: whose rule gives the rate where there is none of
-#: their own, and their options. Of these only SGD and AdamW have a learning
-#: rate in the paper; SOAP and Muon have one by this project's study.
+#: Optimizers to change to: the optimizer with the rule for their learning
+#: rate, unless they have their own, and their options. The paper has a rate
+#: for SGD and AdamW only; this project's study has one for SOAP and Muon.
 OPTIONS: Dict[str, Tuple[str, Dict[str, float]]] = {
     'SGD': ('SGD', dict(momentum=0.9, weight_decay=1e-4)),
     'LARS': (
@@ -54,12 +54,12 @@ OPTIONS: Dict[str, Tuple[str, Dict[str, float]]] = {
     'SOAP': ('AdamW', dict(weight_decay=0.05, precondition_frequency=5)),
     'Muon': ('AdamW', dict(weight_decay=0.05)),
 }
-#: What is known of the rates of SOAP and Muon.
+#: Source of the rates of SOAP and Muon.
 BY_STUDY = (
     "this project's rule, by its study of small detectors; not in the paper, "
-    'and not known on COCO: try half and twice of it'
+    'not tested on COCO: also try half and twice this rate'
 )
-#: Of LAMB and PMD-LAMB: a guess, and the same as that of the recipes.
+#: Of LAMB and PMD-LAMB: a guess, the same as in the recipes.
 LAMB_RULE = RECIPES['faster_rcnn/lamb'].rule
 #: MMEngine's default interval of LoggerHook, in iterations.
 LOGGED = 10
@@ -116,7 +116,7 @@ class Batch:
 
 
 def split_batch(size: int, gpus: int, max_images: int, base: int = 0) -> Batch:
-    """Images per GPU and accumulation, with as little of the latter."""
+    """Images per GPU and micro-batches, as few of the latter as possible."""
     for name, value in (
         ('--batch-size', size),
         ('--gpus', gpus),
@@ -152,15 +152,18 @@ def plan_training(
     dataset: str,
     images: Optional[int],
 ) -> Tuple[int, float]:
-    """Optimizer, schedule and AGVM; updates of the warm-up and of all.
+    """Plan optimizer, schedule and AGVM.
 
     Args:
-        result: What is filled in.
+        result: The plan, which changes.
         cfg: The original.
         batch: The new batch.
         wanted: An optimizer to change to.
         dataset: Type of the data set, which chooses the learning-rate rule.
         images: In the training set; None to count them.
+
+    Returns:
+        Updates of the warm-up, and of the whole training.
     """
     plan_optimizer(result, cfg, batch, wanted, dataset)
     recipe = recipe_of(
@@ -175,37 +178,37 @@ def plan_training(
         )
     warmup, total = plan_schedule(result, cfg, batch, recipe, images)
     plan_agvm(result, cfg, batch, warmup, total, recipe)
-    tell_unchanged(result, cfg, batch, total)
+    report_unchanged(result, cfg, batch, total)
     return warmup, total
 
 
-def tell_unchanged(
+def report_unchanged(
     result: Plan, cfg: Config, batch: Batch, total: float
 ) -> None:
-    """Name the numbers that count and were left as they are."""
+    """Report the numbers that count and do not change."""
     by_epoch = not is_iteration_based(cfg.train_cfg)
     iterations, epochs = unchanged(cfg, result.diff, by_epoch)
     if iterations:
         new = math.ceil(total * batch.accumulation)
         result.because(
-            f'not changed: {", ".join(iterations)} count iterations or '
-            f'images; the new run has {new} iterations of '
+            f'not changed, to be checked: {", ".join(iterations)}; they count '
+            f'iterations or images, and the new run has {new} iterations of '
             f'{batch.size // batch.accumulation} images, '
-            f'{batch.times:.3g} times those of the original: check them'
+            f'{batch.times:.3g} times as many as in the original'
         )
-    if epochs:
+    if epochs and by_epoch:
         result.because(
-            f'not changed: {", ".join(epochs)} count epochs, '
-            + (
-                'and their number stays'
-                if by_epoch
-                else 'and the run ends by iterations: check them'
-            )
+            f'not changed, as the number of epochs stays: {", ".join(epochs)}'
+        )
+    elif epochs:
+        result.because(
+            f'not changed, to be checked: {", ".join(epochs)}; they count '
+            'epochs, but the run ends by iterations'
         )
 
 
 def check(cfg: Config) -> None:
-    """Refuse what AGVM or this tool cannot serve."""
+    """Refuse configs that AGVM or this tool does not support."""
     for key in ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'):
         if not cfg.get(key):
             refuse(
@@ -215,13 +218,13 @@ def check(cfg: Config) -> None:
     wrapper = cfg.optim_wrapper
     if 'optimizer' not in wrapper:
         refuse(
-            f'optim_wrapper has several, {[*wrapper]}, and AGVM modulates one '
+            f'optim_wrapper has several, {[*wrapper]}, but AGVM modulates one '
             'optimizer of the whole model: write a single optim_wrapper'
         )
     optimizer = wrapper.optimizer
     if not isinstance(optimizer, dict) or not optimizer.get('type'):
         refuse(
-            'optim_wrapper.optimizer has no type, and AGVM modulates one '
+            'optim_wrapper.optimizer has no type, but AGVM modulates one '
             "optimizer of the whole model: write optimizer=dict(type='SGD', "
             '...)'
         )
@@ -231,9 +234,7 @@ def check(cfg: Config) -> None:
             'write dataset=dict(type=...)'
         )
     if not isinstance(cfg.train_dataloader.get('batch_size'), int):
-        refuse(
-            'train_dataloader has no batch_size: write the images of one GPU'
-        )
+        refuse('train_dataloader has no batch_size: write the images per GPU')
     if not cfg.train_cfg.get('max_epochs') and not cfg.train_cfg.get(
         'max_iters'
     ):
@@ -258,29 +259,28 @@ def plan_optimizer(
     name = wanted or own
     if wanted is not None and wanted not in OPTIONS:
         refuse(
-            f'--optimizer {wanted} is unknown here: write one of '
+            f'--optimizer {wanted} is unknown: write one of '
             f'{", ".join(OPTIONS)}, or set it in the original'
         )
     if name == own:
         rule, origin = rule_of(name, data)
         if not optimizer.get('lr'):
             refuse(
-                'optim_wrapper.optimizer of the config has no lr to start '
-                'from: write one'
+                'optim_wrapper.optimizer of the config has no lr: write one'
             )
         lr = optimizer['lr'] * rule(batch.size) / rule(batch.base)
         change: Dict[str, Any] = dict(lr=rounded(lr))
         reason = (
-            f'learning rate {optimizer["lr"]:g} -> {change["lr"]:g}: its own '
-            f'at {batch.base}, linear up to {rule.knee}, then x '
+            f'learning rate {optimizer["lr"]:g} -> {change["lr"]:g}: from '
+            f'batch {batch.base}, linear up to {rule.knee}, then x '
             f'{rule.growth:.3f} per doubling ({origin})'
         )
     else:
         change, reason = another_optimizer(optimizer, name, batch, data)
     result.diff['optim_wrapper'] = dict(optimizer=change)
     result.because(reason)
-    # or --auto-scale-lr would scale once more; MMEngine compares it with a
-    # batch without accumulation
+    # otherwise --auto-scale-lr would scale once more; MMEngine compares it
+    # with a batch without accumulation
     result.diff['auto_scale_lr'] = dict(
         enable=False, base_batch_size=batch.gpus * batch.images_per_gpu
     )
@@ -289,7 +289,7 @@ def plan_optimizer(
 def another_optimizer(
     old: Dict[str, Any], name: str, batch: Batch, data: str
 ) -> Tuple[Dict[str, Any], str]:
-    """The config of an optimizer that the original does not have, and why."""
+    """The config of an optimizer other than the original's, and why."""
     like, options = OPTIONS[name]
     replaced = type_name(old['type'])
     if like == 'SGD' and 'ADE20K' in data:
@@ -305,7 +305,7 @@ def another_optimizer(
         rule, known = STUDY_RULES[name], BY_STUDY
     lr = rule(batch.size)
     if name in STUDY_RULES and replaced == like and old.get('lr'):
-        # the rule is of multiples of AdamW's rate
+        # the rule gives multiples of AdamW's rate
         times = old['lr'] / usual(batch.base)
         lr *= times
         known = (
@@ -319,18 +319,21 @@ def another_optimizer(
 
 
 def rule_of(optimizer: str, dataset: str) -> Tuple[LRRule, str]:
-    """How the rate grows, and where that is from."""
+    """The rule for the learning rate, and its source."""
     _, rule = find_rule(optimizer, dataset)
     if rule is not None:
         return rule, "the paper's rule"
     if optimizer in STUDY_RULES:
         return STUDY_RULES[optimizer], BY_STUDY
     if 'LAMB' in optimizer:
-        return LAMB_RULE, "that of this project's recipes, not in the paper"
+        return (
+            LAMB_RULE,
+            "the rule of this project's recipes, not in the paper",
+        )
     like = 'AdamW' if is_adaptive(optimizer) else 'SGD'
     return (
         find_rule(like, dataset)[1] or RULES[like, 'COCO'],
-        f'as {like}, the paper has no rule for {optimizer} here',
+        f'as for {like}, since the paper has no rule for {optimizer} here',
     )
 
 
@@ -346,7 +349,11 @@ def plan_schedule(
     recipe: Recipe,
     images: Optional[int],
 ) -> Tuple[int, float]:
-    """Length, intervals and schedulers; updates of the warm-up and of all."""
+    """Plan length, intervals and schedulers.
+
+    Returns:
+        Updates of the warm-up, and of the whole training.
+    """
     schedulers = cfg.get('param_scheduler') or []
     if isinstance(schedulers, dict):
         schedulers = [schedulers]
@@ -375,7 +382,7 @@ def plan_schedule(
         )
         before = math.ceil(schedulers[own]['end'] * (unit or 0))
         if before > wanted:
-            wanted, why = before, "the original's, in images"
+            wanted, why = before, 'as many images as in the original'
     if wanted > total / 4:
         wanted, why = max(1, int(total / 4)), 'a quarter of the training'
     result.because(f'warm-up over {wanted} updates: {why}')
@@ -386,7 +393,7 @@ def plan_schedule(
 
 
 def plain(cfg: Config, value: Dict[str, Any]) -> Dict[str, Any]:
-    """What was written; a ``package::`` base adds the scope that is meant."""
+    """A config without the scope that a ``package::`` base adds."""
     value = with_strings(value)
     if value.get('_scope_') == cfg.get('default_scope'):
         value.pop('_scope_', None)
@@ -394,7 +401,7 @@ def plain(cfg: Config, value: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def find_warmup(schedulers: List[Dict[str, Any]]) -> Optional[int]:
-    """Which scheduler, if any, lets the rate grow from the start."""
+    """Index of the scheduler that is a warm-up, if there is one."""
     for index, scheduler in enumerate(schedulers):
         grows = scheduler.get('start_factor', 0) < scheduler.get(
             'end_factor', 1
@@ -410,7 +417,11 @@ def find_warmup(schedulers: List[Dict[str, Any]]) -> Optional[int]:
 
 
 def plan_iterations(result: Plan, cfg: Config, batch: Batch) -> int:
-    """The length and the intervals of an iteration-based run; its updates."""
+    """Plan length and intervals of an iteration-based run.
+
+    Returns:
+        Updates of the whole training.
+    """
     scaled = batch.iterations
     old = cfg.train_cfg
     length = scaled(old.max_iters)
@@ -437,8 +448,8 @@ def plan_iterations(result: Plan, cfg: Config, batch: Batch) -> int:
             }
         )
     result.because(
-        f'{old.max_iters} -> {length} iterations, which see as many images; '
-        'other settings in iterations change alike'
+        f'{old.max_iters} -> {length} iterations, for the same number of '
+        'images; other settings in iterations change by the same factor'
     )
     return length // batch.accumulation
 
@@ -527,7 +538,7 @@ def plan_agvm(
     delay = MEASURING_DELAY
     if not is_iteration_based(cfg.train_cfg):  # as Recipe.begin
         delay = min(delay, math.ceil(total / cfg.train_cfg.max_epochs))
-    if warmup + delay > total / 2:  # too little is left to modulate
+    if warmup + delay > total / 2:  # too few updates are left to modulate
         delay = 0
     result.diff['optim_wrapper'].update(
         type=WRAPPERS[
@@ -544,8 +555,8 @@ def plan_agvm(
         constructor = type_path(constructor)
         result.diff['optim_wrapper']['base_constructor'] = constructor
         result.because(
-            f'{constructor} sets the options of parameters, as before; AGVM '
-            'groups them by module'
+            f'{constructor} still sets the options of parameters; AGVM groups '
+            'them by module'
         )
     result.because(
         f'AGVM measures every {interval} updates (tau), first in update '
@@ -558,8 +569,8 @@ def plan_agvm(
             interval=measured
         )
         result.because(
-            f'the log has a line every {measured} iterations, so that it has '
-            'each measurement'
+            f'the log has a line every {measured} iterations, so that it '
+            'contains each measurement'
         )
     plan_hooks(result, cfg, batch, warmup)
     imports = (cfg.get('custom_imports') or {}).get('imports', [])
@@ -571,7 +582,7 @@ def plan_agvm(
 
 
 def plan_hooks(result: Plan, cfg: Config, batch: Batch, warmup: int) -> None:
-    """AGVM's, and what is clipped at the end of warm-up."""
+    """AGVM's hook, and clipping around the end of warm-up."""
     old = [plain(cfg, hook) for hook in cfg.get('custom_hooks') or []]
     hooks = [dict(hook) for hook in old]
     for hook in hooks:

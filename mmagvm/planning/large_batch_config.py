@@ -75,7 +75,7 @@ def plan(cfg: Config, args: argparse.Namespace) -> Tuple[Plan, Batch]:
 
 
 def plan_loader(result: Plan, cfg: Config, batch: Batch) -> Dict[str, Any]:
-    """Images of a GPU, also where a sampler has to know of them."""
+    """Images per GPU, also in samplers that need the number."""
     old = cfg.train_dataloader
     loader: Dict[str, Any] = dict(batch_size=batch.images_per_gpu)
     for name in ('sampler', 'batch_sampler'):
@@ -83,23 +83,24 @@ def plan_loader(result: Plan, cfg: Config, batch: Batch) -> Dict[str, Any]:
         if 'batch_size' not in sampler:
             continue
         if sampler['batch_size'] != old.batch_size:
-            continue  # tell_unchanged names it
+            continue  # report_unchanged names it
         loader[name] = dict(batch_size=batch.images_per_gpu)
-        told = f'{type_name(sampler["type"])} makes batches as large'
         ratio = sampler.get('source_ratio')
         if ratio and batch.images_per_gpu % sum(ratio):
             refuse(
                 f'--batch-size {batch.size} gives {batch.images_per_gpu} '
-                f'images to a GPU, which source_ratio={list(ratio)} of '
-                f'train_dataloader.{name} cannot divide: write a batch that '
-                f'gives a multiple of {sum(ratio)}, with --max-images-per-gpu'
+                f'images per GPU, which source_ratio={list(ratio)} of '
+                f'train_dataloader.{name} cannot divide: choose --batch-size '
+                f'and --max-images-per-gpu for a multiple of {sum(ratio)}'
             )
-        result.because(told)
+        result.because(
+            f'{type_name(sampler["type"])} makes batches of the same size'
+        )
     return loader
 
 
 def default_out(name: str, batch: Batch, optimizer: Optional[str]) -> Path:
-    """The name of the original, with GPUs and images, here."""
+    """The original's name with GPUs and images, in the current folder."""
     stem = Path(name.split('::')[-1]).stem
     accumulated = f'x{batch.accumulation}' if batch.accumulation > 1 else ''
     suffix = f'-agvm-{optimizer.lower()}' if optimizer else '-agvm'
@@ -111,13 +112,13 @@ def default_out(name: str, batch: Batch, optimizer: Optional[str]) -> Path:
 def write(out: Path, name: str, cfg: Config, result: Plan) -> None:
     """Write the config that inherits from ``name``, with the reasons.
 
-    A pure Python one cannot be inherited from by a file that could lie
-    anywhere: it is written in full, as MMEngine dumps it.
+    A file in any folder cannot inherit from a pure Python config. So such a
+    config is written in full, as MMEngine dumps it.
     """
     if out.exists() and not out.read_text().startswith(HEADER):
         refuse(
-            f'{out} is there and was not made by this tool: name another with '
-            '--out'
+            f'{out} exists and was not made by this tool: name another file '
+            'with --out'
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     base = name
@@ -128,7 +129,7 @@ def write(out: Path, name: str, cfg: Config, result: Plan) -> None:
     if is_pure_python(cfg):
         whole = Config(cfg.to_dict())
         whole.merge_from_dict(diff)
-        origin = f'# All of {base}, which is pure Python, with its changes.\n'
+        origin = f'# {base}, a pure Python config, in full with the changes.\n'
         text = whole.pretty_text
     else:
         origin = f'_base_ = [{base!r}]\n'
@@ -137,15 +138,19 @@ def write(out: Path, name: str, cfg: Config, result: Plan) -> None:
 
 
 def verify(out: Path, result: Plan, model: nn.Module) -> List[str]:
-    """Load what was written and build its optimizer; the modules found."""
+    """Load the written config and build its optimizer.
+
+    Returns:
+        The modules found.
+    """
     try:
         cfg = Config.fromfile(out)
         compare(cfg.to_dict(), with_strings(result.diff), '')
-    except Exception as error:  # whatever was in it
+    except Exception as error:  # whatever executing a file may raise
         out.unlink()
-        return refuse(f'what was written cannot be read: {one_line(error)}')
+        return refuse(f'the written config cannot be read: {one_line(error)}')
     settings = cfg.optim_wrapper
-    if type_name(settings.type) == 'AGVMAmpOptimWrapper':  # which needs a GPU
+    if type_name(settings.type) == 'AGVMAmpOptimWrapper':  # it needs a GPU
         settings.type = 'AGVMOptimWrapper'
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
             settings.pop(key, None)
@@ -154,7 +159,7 @@ def verify(out: Path, result: Plan, model: nn.Module) -> List[str]:
     except (ImportError, TypeError, ValueError) as error:
         out.unlink()
         return refuse(
-            f'with AGVM the config could not be used: {one_line(error)}'
+            f'the config cannot be used with AGVM: {one_line(error)}'
         )
     return list(wrapper.modulator.modules)
 
@@ -182,31 +187,31 @@ def advise_optimizer(
         return []
     return [
         f"a batch of {batch.size} is large: in this project's study of small "
-        f'detectors {BEST} loses the least AP at {LARGE} and more (docs/'
+        f'detectors {BEST} loses the least AP from batch {LARGE} on (docs/'
         f'evidence.md; not run on COCO); add --optimizer {BEST} to use it'
     ]
 
 
 def advise_clipping(cfg: Config, result: Plan) -> List[str]:
-    """Whether to clip gradients, for which no config knows the norm."""
+    """Advice to clip gradients, with a norm that only the log shows."""
     changed = result.diff['optim_wrapper']
     if changed.get('clip_grad') or cfg.optim_wrapper.get('clip_grad'):
         return []
     return [
         'gradients are not clipped: add optim_wrapper.clip_grad='
         'dict(max_norm=...), with about twice the grad_norm that the log then '
-        'shows; AGVM takes a module that begins to diverge for one with '
+        'shows, since AGVM takes a module that begins to diverge for one with '
         'little noise'
     ]
 
 
 def advise_norm(model: nn.Module, batch: Batch) -> List[str]:
-    """What to do about batch norm, which no tool can decide."""
+    """Advice on batch norm, which the user has to decide on."""
     advice = []
     for name in useless_sync_bn(model):
         advice.append(
-            f'{name} has synchronized norm layers that norm_eval=True '
-            'switches off: set norm_eval=False in it'
+            f'{name} has synchronized norm layers, but norm_eval=True '
+            'switches them off: set norm_eval=False in it'
         )
     for name, module in model.named_children():
         layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
@@ -221,7 +226,7 @@ def advise_norm(model: nn.Module, batch: Batch) -> List[str]:
             + (
                 'fixed by norm_eval=True; the paper trains them, with'
                 if getattr(module, 'norm_eval', False)
-                else f'whose statistics see the {batch.images_per_gpu} '
+                else f'with statistics over the {batch.images_per_gpu} '
                 'images of one GPU; the paper synchronizes them, with'
             )
             + f" {snippet} (or type='CGBN', bn_size=16 or 32, for groups of "

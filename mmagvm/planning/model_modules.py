@@ -28,13 +28,13 @@ from mmagvm.planning.config_reader import (
 
 @dataclass
 class ModelModules:
-    """What AGVM makes of a model.
+    """The modules that AGVM finds in a model.
 
     Attributes:
         modules: Trainable parameters of each module.
         anchor: The module that the others follow; None if there is none.
         problem: Why the model cannot be trained with AGVM; empty if it can.
-        built: Whether there is a model at all.
+        built: Whether the model could be built.
     """
 
     modules: Dict[str, int] = field(default_factory=dict)
@@ -118,13 +118,13 @@ def _modules_of(cfg: Config, modules: Any, anchor: Any) -> ModelModules:
 
 
 def _no_teacher(cfg: Config) -> Dict[str, None]:
-    """What keeps distillation from fetching its teacher's weights."""
+    """Settings that keep distillation from fetching its teacher's weights."""
     return {key: None for key in cfg.model if key == 'teacher_ckpt'}
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """A process group of this process, which MMCV's SyncBN asks for."""
+    """A process group of this process alone, which MMCV's SyncBN needs."""
     if not dist.is_available() or dist.is_initialized():
         yield
         return
@@ -139,7 +139,7 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def uninitialised() -> Iterator[None]:
-    """Models that are built in here have arbitrary weights, but at once."""
+    """Skip weight initialisation, so that models are built quickly."""
     init = torch.nn.init
     names = [n for n in vars(init) if n.endswith('_') and n[0] != '_']
     saved = {name: getattr(init, name) for name in names}

@@ -4,8 +4,8 @@
 symbol    meaning
 ========  =====================================================================
 B         batch size of the run, in images
-phi       measured variance, 1 - |G|^2 / (|G|^2 + 2 tr(Sigma) / B) if the
-          average of many is meant; Sigma is of one image's gradient
+phi       measured variance, on average 1 - |G|^2 / (|G|^2 + 2 tr(Sigma) / B);
+          Sigma is the covariance of one image's gradient
 c         1 - phi, the cosine between the two halves of the batch
 rho       tr(Sigma) / |G|^2 = B / 2 * (1 - c) / c, the noise scale in images
 ========  =====================================================================
@@ -61,7 +61,7 @@ def lr_scale_at(
 def measurements_needed(
     cosine: float, low: float, count: int
 ) -> Optional[int]:
-    """How many would bring the interval of a positive cosine above 0."""
+    """Measurements that bring the interval of a positive cosine above 0."""
     if cosine <= 0:
         return None
     return int(np.ceil(count * ((cosine - low) / cosine) ** 2))

@@ -1,4 +1,4 @@
-"""Plans a training with AGVM: its length, learning rate, warm-up and time."""
+"""Plans a training with AGVM: length, learning rate, warm-up and time."""
 
 import math
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ def plan_training(
         cfg: The original.
         batch: The batch.
         images: In the training set; unused where iterations are counted.
-        dataset: 'CocoDataset' or 'ADE20KDataset', whose rule counts.
+        dataset: 'CocoDataset' or 'ADE20KDataset', for the learning-rate rule.
     """
     result = Plan()
     warmup, total = large_batch_plan.plan_training(
@@ -85,7 +85,7 @@ def plan_training(
 
 
 def find_dataset(cfg: Config, rule: Optional[str]) -> str:
-    """The data set whose learning-rate rule counts."""
+    """The data set with the learning-rate rule to follow."""
     known = dict(COCO='CocoDataset', ADE20K='ADE20KDataset')
     if rule is not None:
         return known[rule]
@@ -95,20 +95,20 @@ def find_dataset(cfg: Config, rule: Optional[str]) -> str:
             return dataset
     refuse(
         f'train_dataloader.dataset.type={name!r}: the paper has no '
-        'learning-rate rule for it: choose whose to follow with --rule '
+        'learning-rate rule for it: choose one with --rule '
         f'{" or ".join(known)}'
     )
 
 
 def count_gradients(model: nn.Module, cfg: Config) -> Gradients:
-    """What a model sends, by its parameters that are trained."""
+    """What a model sends, from its trainable parameters."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     halved = cfg.optim_wrapper.get('comm_hook') in ('fp16', 'bf16')
     modules = cfg.optim_wrapper.get('modules') or find_modules(model)
     return Gradients(4 * trained, len(modules), 0.5 if halved else 1.0)
 
 
-# -- from times to what they are made of
+# -- from times to compute and latency
 
 
 def calibrate(
@@ -117,7 +117,7 @@ def calibrate(
     cluster: Cluster,
     estimator: str,
 ) -> Cluster:
-    """Compute and latency with which two trainings take what they took.
+    """Compute and latency that reproduce the times of two trainings.
 
     Time is linear in both, so two times give exactly one answer.
 
@@ -128,7 +128,7 @@ def calibrate(
         estimator: AGVM's.
 
     Raises:
-        UsageError: Only negative ones would do.
+        UsageError: Only negative values reproduce them.
     """
 
     def seconds(training: Training, compute: float, latency: float) -> float:
@@ -152,13 +152,16 @@ def calibrate(
         )
         rest.append(whole / training.updates - fixed)
     if abs(np.linalg.det(rows)) < 1e-9:
-        refuse('--calibrate: two times on as many GPUs: give different ones')
+        refuse(
+            '--calibrate: both times are for the same number of GPUs: give '
+            'two different numbers'
+        )
     compute, latency = np.linalg.solve(rows, rest)
     if compute <= 0 or latency < 0:
         refuse(
             '--calibrate: the times would need '
             f'{compute * 1e3:.0f} ms of computing and '
-            f'{latency * 1e6:.1f} us of latency: check them, or '
+            f'{latency * 1e6:.1f} us of latency: check the times, or '
             '--bandwidth-gbps'
         )
     return Cluster(compute, cluster.bandwidth, latency, cluster.overlap)
@@ -168,7 +171,7 @@ def calibrate(
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits it."""
+    """A time in the unit that suits it."""
     for unit, size in (('d', 86400), ('h', 3600), ('min', 60)):
         if seconds >= 2 * size:
             return f'{seconds / size:.1f} {unit}'
@@ -244,13 +247,13 @@ def report(
 
     Args:
         config: Its name.
-        wanted: What was asked for.
+        wanted: The training that was asked for.
         others: The same on other numbers of GPUs.
         update_on: The parts of an update's time.
         gradients: What is sent.
-        cluster: What computes and sends.
+        cluster: The cluster.
         estimator: AGVM's.
-        source: Where the time of computing is from.
+        source: Of the time of computing.
     """
     batch = wanted.batch
     update = update_on(wanted)
@@ -274,7 +277,7 @@ def report(
         f'With {batch.images_per_gpu * batch.accumulation} images on each '
         'GPU:\n\n'
         f'{gpus_table([(each, update_on(each)) for each in others])}\n\n'
-        'Not in it: data loading, validation, checkpoints, start, '
+        'Not included: data loading, validation, checkpoints, start, '
         'stragglers, the exchange of synchronized batch norm. A ring is the '
-        'slowest way for many GPUs.'
+        'slowest all-reduce for many GPUs.'
     )

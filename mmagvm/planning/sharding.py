@@ -1,4 +1,4 @@
-"""Trains a config in shards: what changes, and what cannot be."""
+"""What changes in a config that trains in shards, and what is refused."""
 
 from typing import Any, Dict
 
@@ -23,27 +23,29 @@ def plan_sharding(
     Args:
         result: The plan, which changes.
         cfg: The original config.
-        batch: How the batch is made up.
+        batch: The new batch.
         model: The config's.
 
     Raises:
-        UsageError: It cannot; says why.
+        UsageError: The config cannot be trained in shards.
     """
     if batch.gpus < 2:
-        refuse('--shard: one GPU keeps all of the model: write --gpus 2')
+        refuse(
+            '--shard: one GPU keeps the whole model: write --gpus 2 or more'
+        )
     optimizer = result.diff.get('optim_wrapper', {}).get('optimizer', {})
     kind = type_name(
         optimizer.get('type') or cfg.optim_wrapper.optimizer.get('type')
     )
     if kind in ('SOAP', 'Muon'):
         refuse(
-            f'--shard: {kind} steps whole matrices, of which no rank has all: '
+            f'--shard: {kind} needs whole matrices, and no rank holds one: '
             'leave out --shard, or write --optimizer AdamW'
         )
     for hook in cfg.get('custom_hooks') or ():
         if type_name(hook.get('type')) == 'EMAHook':
             refuse(
-                '--shard: EMAHook copies the model, which cannot be done in '
+                '--shard: EMAHook copies the model, which is not possible in '
                 'shards: remove it from custom_hooks, or leave out --shard'
             )
     try:
@@ -56,7 +58,7 @@ def plan_sharding(
         if cfg.get(name):
             strategy[name] = cfg[name]
             result.diff[name] = False if cfg[name] is True else []
-            result.because(f'{name} moves into strategy, which reads it')
+            result.because(f'{name} moves into strategy')
     result.diff.update(runner_type='FlexibleRunner', strategy=strategy)
     result.because(
         f'parameters, gradients and optimizer are cut into {batch.gpus} '

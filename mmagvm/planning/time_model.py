@@ -1,8 +1,8 @@
 """The time of an update with AGVM on many GPUs.
 
-It is that of the forward and backward passes on one GPU, of a ring all-reduce
-of the gradients, and of what AGVM sends on top. What it leaves out is in
-docs/planning.md.
+It is the sum of the forward and backward passes on one GPU, a ring all-reduce
+of the gradients, and what AGVM sends in addition. docs/planning.md names what
+the model leaves out.
 
 ========  =====================================================================
 symbol    meaning
@@ -20,13 +20,13 @@ from dataclasses import dataclass
 
 #: DDP's buckets: the first, and the others (its bucket_cap_mb).
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
-#: What pairs sends of a module: two float64.
+#: Bytes that pairs sends for a module: two float64.
 NORM = 16
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What an update's time depends on besides its length.
+    """What the time of an update depends on, besides the gradients.
 
     Args:
         compute: Seconds of forward, backward and step on one GPU, for one
@@ -48,7 +48,7 @@ class Gradients:
 
     Args:
         size: V, in the parameters' own precision.
-        modules: How many AGVM has.
+        modules: Number of AGVM's modules.
         sent: Part of V that an all-reduce sends, less than 1 where a
             ``comm_hook`` compresses.
     """
@@ -83,7 +83,7 @@ def all_reduce_seconds(
     """A ring's time: 2 (n - 1) / n * V / b + k * 2 (n - 1) * a.
 
     Args:
-        gpus: How many there are (n).
+        gpus: Number of GPUs (n).
         size: Bytes to reduce (V).
         calls: Collectives that they are cut into (k).
         cluster: Its bandwidth (b) and latency (a).
@@ -106,12 +106,13 @@ def update_seconds(
     """The parts of an update's time.
 
     Args:
-        gpus: How many there are (n).
+        gpus: Number of GPUs (n).
         accumulation: Micro-batches of an update.
         gradients: What is sent.
-        cluster: What computing and sending take.
-        estimator: Of AGVM. 'split' sends the gradients once more on measured
-            updates, uncompressed, 'pairs' two numbers for each module.
+        cluster: The cluster.
+        estimator: Of AGVM. On measured updates 'split' sends the gradients
+            once more, uncompressed; 'pairs' sends two numbers for each
+            module.
         measured: Part of the updates that AGVM measures, from 0 to 1.
     """
     size, calls = gradients.size, gradients.buckets

@@ -5,9 +5,9 @@ Recognition of Handwritten Digits). Training images use its first 1347 scans,
 validation images the last 450, so that no scan is in both. Each image shows
 some digits, of several sizes, on a textured background.
 
-Besides boxes it has masks, COCO's panoptic format (``panoptic_*``), where the
-background is the one class of stuff, and semantic maps as ADE20K has them
-(``semantic_*``): 1 is the background, 2 to 11 are the digits.
+Besides boxes it has masks and COCO's panoptic format (``panoptic_*``), with
+the background as the one class of stuff. It also has semantic maps like
+ADE20K's (``semantic_*``): 1 is the background, 2 to 11 are the digits.
 """
 
 import argparse

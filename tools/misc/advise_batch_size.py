@@ -1,10 +1,10 @@
 """Advises on the batch size, from what AGVM measured in a run.
 
-Reports for each module the batch at which its gradient stops gaining (the
-gradient noise scale of McCandlish et al., "An Empirical Model of Large-Batch
-Training", 2018), what the whole model tolerates, and which multipliers AGVM
-would give at other batches; all with 95 % intervals, or with the statement
-that the run is too short to say.
+Reports for each module the batch size at which its gradient stops gaining
+(the gradient noise scale of McCandlish et al., "An Empirical Model of
+Large-Batch Training", 2018). Also reports which batch size the whole model
+tolerates, and the multipliers that AGVM would apply at other batch sizes.
+All values have 95 % intervals, unless the run is too short for one.
 """
 
 import argparse
@@ -22,19 +22,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--begin',
         type=int,
-        help='first iteration to use (default: half of the measurements)',
+        help='first iteration to use (default: use the second half of the '
+        'measurements)',
     )
     parser.add_argument(
         '--batch-size',
         type=int,
-        help="images of the run's updates (default: as its log says)",
+        help='images per update of the run (default: from its log)',
     )
     parser.add_argument(
         '--at',
         type=int,
         nargs='+',
-        help='batches to predict multipliers for (default: 2 to 64 times the '
-        "run's)",
+        help='batch sizes to predict multipliers for (default: 2 to 64 times '
+        "the run's)",
     )
     return parser.parse_args()
 
@@ -60,7 +61,7 @@ def main() -> None:
     measured = read_measured(run, batch, args.begin)
     if run.anchor not in measured.modules:
         raise UsageError(
-            f'{run.work_dir}: its anchor {run.anchor!r} was never measured: '
+            f'{run.work_dir}: the anchor {run.anchor!r} was never measured: '
             'choose another with optim_wrapper.anchor'
         )
     low, high = run.setting('ratio_range', (0.1, 10.0))

@@ -1,7 +1,7 @@
 """Prints the modules that AGVM finds in the models of configs.
 
-For each its trainable parameters, and which module the others follow; or why
-the model cannot be trained with AGVM.
+Prints for each module its trainable parameters, and which module the others
+follow. If a model cannot be trained with AGVM, prints why.
 """
 
 import argparse
@@ -38,8 +38,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--out',
         type=Path,
-        help='file to write a line of JSON to for each config, as soon as it '
-        'is known; what is in it already is not built again',
+        help='JSON lines file with one line per config, written at once; '
+        'configs that are already in it are not built again',
     )
     args = parser.parse_args()
     if bool(args.configs) == bool(args.all):
@@ -48,11 +48,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def files_of(args: argparse.Namespace) -> List[Tuple[str, str]]:
-    """Each config's name, and how it is shown."""
+    """Each config's name, and its name in the output."""
     if not args.all:
         return [(name, name) for name in args.configs]
     folder = package_configs(args.all)
-    # teachers of distillation are named from there
+    # configs name teachers of distillation relative to this folder
     os.chdir(folder.parent)
     return [
         (str(path), str(path.relative_to(folder)))
@@ -70,14 +70,17 @@ def read_known(out: Path) -> Dict[str, ModelModules]:
             name = values.pop('config')
             known[name] = ModelModules(**values)
         except (KeyError, TypeError, ValueError):
-            refuse(f'{out} was not written by this tool: name another')
+            refuse(
+                f'--out {out}: the file was not written by this tool: name '
+                'another'
+            )
     return known
 
 
 @command
 def main() -> None:
     args = parse_args()
-    warnings.filterwarnings('ignore')  # of the hosts, about themselves
+    warnings.filterwarnings('ignore')  # of OpenMMLab's packages
     MMLogger.get_instance('mmengine', log_level='ERROR')
     out = args.out and args.out.resolve()
     known = read_known(out) if out and out.exists() else {}

@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
         '--batch-size',
         type=int,
         required=True,
-        help='images of an update, over all GPUs and accumulation',
+        help='images per update, over all GPUs and micro-batches',
     )
     parser.add_argument('--gpus', type=int, required=True)
     parser.add_argument(
@@ -45,20 +45,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--shard',
         action='store_true',
-        help='keep a part of the model on each GPU (FullyShardStrategy)',
+        help='split the model over all GPUs (FullyShardStrategy)',
     )
     parser.add_argument(
         '--max-images-per-gpu',
         type=int,
         default=16,
-        help='more are accumulated (default: 16)',
+        help='images per micro-batch; more are accumulated (default: 16)',
     )
     parser.add_argument(
         '--base-batch-size',
         type=int,
         help="batch size of the original's learning rate and schedule "
-        '(default: its auto_scale_lr.base_batch_size, else what its name '
-        'says, else 8 GPUs)',
+        '(default: its auto_scale_lr.base_batch_size, else from its name, '
+        'else that of 8 GPUs)',
     )
     parser.add_argument(
         '--images',
@@ -69,8 +69,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--out',
         type=Path,
-        help='file to write (default: the name of the original, with GPUs '
-        'and images, here)',
+        help="file to write (default: the original's name with GPUs and "
+        'images, in the current folder)',
     )
     return parser.parse_args()
 
@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
 @command
 def main() -> None:
     args = parse_args()
-    warnings.filterwarnings('ignore')  # of the hosts, about themselves
+    warnings.filterwarnings('ignore')  # of OpenMMLab's packages
     MMLogger.get_instance('mmengine', log_level='ERROR')
     cfg = load(args.config)
     check(cfg)

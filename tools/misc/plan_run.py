@@ -1,4 +1,4 @@
-"""Plans a training with AGVM: its length, learning rate, warm-up and time."""
+"""Plans a training with AGVM: length, learning rate, warm-up and time."""
 
 import argparse
 import math
@@ -42,38 +42,38 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--batch-size',
         type=int,
-        help='images of an update (default: GPUs x images per GPU); more are '
-        'accumulated',
+        help='images per update (default: GPUs x images per GPU); larger '
+        'ones are accumulated',
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         '--ms-per-iter',
         type=float,
-        help='measured on one GPU, forward, backward and step',
+        help='forward, backward and step, measured on one GPU',
     )
     source.add_argument(
         '--profile',
         action='store_true',
-        help='measure it here, on noise',
+        help='measure the time per iteration here, on noise',
     )
     source.add_argument(
         '--calibrate',
         nargs=2,
         metavar='GPUS:MINUTES',
-        help='two trainings with as many images per GPU: what --ms-per-iter '
-        'and --latency-us must have been',
+        help='times of two trainings with the same images per GPU, to '
+        'compute --ms-per-iter and --latency-us from',
     )
     parser.add_argument(
         '--bandwidth-gbps',
         type=float,
         default=200,
-        help='Gbit/s of a GPU over its slowest link (default: 200)',
+        help="Gbit/s of a GPU's slowest link (default: 200)",
     )
     parser.add_argument(
         '--latency-us',
         type=float,
         default=5,
-        help='of one step of the ring (default: 5)',
+        help='latency of one step of the ring (default: 5)',
     )
     parser.add_argument(
         '--overlap',
@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--estimator',
         choices=['pairs', 'split'],
-        help="AGVM's (default: the config's, else pairs)",
+        help="AGVM's estimator (default: the config's, else pairs)",
     )
     parser.add_argument(
         '--interval',
@@ -97,11 +97,14 @@ def parse_args() -> argparse.Namespace:
         help="batch size of the config's learning rate (default: as "
         'make_large_batch_config finds it)',
     )
-    parser.add_argument('--images', type=int, help='in the training set')
+    parser.add_argument(
+        '--images', type=int, help='images in the training set'
+    )
     parser.add_argument(
         '--rule',
         choices=['COCO', 'ADE20K'],
-        help="whose learning-rate rule (default: the data set's)",
+        help='data set with the learning-rate rule to follow (default: the '
+        "config's)",
     )
     parser.add_argument(
         '--image-size',
@@ -120,7 +123,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers that mean nothing."""
+    """Refuse numbers out of range."""
     for name in (
         'gpus',
         'images_per_gpu',
@@ -150,14 +153,14 @@ def find_accumulation(args: argparse.Namespace) -> int:
     if size % once:
         below = size // once * once
         refuse(
-            f'--batch-size {size} cannot be made of {args.gpus} GPUs x '
+            f'--batch-size {size} is not a multiple of {args.gpus} GPUs x '
             f'{args.images_per_gpu} images: write {below or once} or '
             f'{below + once}'
         )
     if args.gpus == 1 and size == once:
         refuse(
-            '--gpus 1: AGVM needs accumulated micro-batches to compare: write '
-            f'--batch-size {2 * once} or more'
+            '--gpus 1: on one GPU AGVM compares accumulated micro-batches: '
+            f'write --batch-size {2 * once} or more'
         )
     return int(size // once)
 
@@ -182,7 +185,7 @@ def main() -> None:
     check_numbers(args)
     accumulation = find_accumulation(args)
     times = read_times(args.calibrate or [])
-    warnings.filterwarnings('ignore')  # of the hosts, about themselves
+    warnings.filterwarnings('ignore')  # of OpenMMLab's packages
     MMLogger.get_instance('mmengine', log_level='ERROR')
     cfg = load(args.config)
     check(cfg)
@@ -230,7 +233,7 @@ def main() -> None:
             cfg, model, args.images_per_gpu, size, args.repetitions
         )
         cluster = replace(cluster, compute=seconds)
-        source = 'measured here, on noise: data loading is not in it'
+        source = 'measured here, on noise, without data loading'
     elif times:
         cluster = calibrate(
             [(train_on(gpus), seconds) for gpus, seconds in times],
@@ -239,8 +242,8 @@ def main() -> None:
             estimator,
         )
         source = (
-            'calibrated, with the latency: two times fix two numbers, so that '
-            'both are met says nothing about the model'
+            'calibrated, like the latency: two times determine these two '
+            'numbers, so the fit does not validate the model'
         )
     print(
         report(

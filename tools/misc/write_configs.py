@@ -1,9 +1,9 @@
 """Writes configs, metafiles and README tables from the recipes' numbers.
 
-A number is changed in RECIPES of mmagvm/recipes/lr_scaling.py; this then
-writes all files that show it. Text of the READMEs outside of their tables
-stays, and so do the folders `_base_`: they are written by hand, and state when
-a recipe ends and decays.
+To change a number, edit RECIPES of mmagvm/recipes/lr_scaling.py: this command
+then writes all files that show it. It leaves the READMEs' text outside of
+tables, and the folders `_base_`. Those are written by hand, and state when a
+recipe ends and decays.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--check',
         action='store_true',
-        help='write nothing, and fail if that would change a file',
+        help='write nothing, and fail if a file would change',
     )
     return parser.parse_args()
 
@@ -37,9 +37,9 @@ def main() -> None:
         if not args.check:
             path.write_text(text)
         print(path.relative_to(ROOT))
-    strangers = [str(path.relative_to(ROOT)) for path in left_over(ROOT)]
-    if strangers:
-        refuse(f'no recipe has {", ".join(strangers)}: remove')
+    unknown = [str(path.relative_to(ROOT)) for path in left_over(ROOT)]
+    if unknown:
+        refuse(f'no recipe has these files, remove them: {", ".join(unknown)}')
     if args.check and changed:
         refuse(
             f'{len(changed)} files differ from the recipes: run '
