@@ -527,7 +527,7 @@ def planned(name, batch=480, gpus=32, base=None, file=None):
             'mmseg::emanet/emanet_r50-d8_4xb2-80k_cityscapes-512x1024.py',
             8,
             {},
-            ['model.decode_head.momentum=0.1 count'],
+            ['to be checked: model.decode_head.momentum=0.1; they count'],
         ),
     ],
     ids=['YOLOX', 'RTMDet', 'SoftTeacher', 'DynamicRCNN', 'TOOD', 'EMANet'],
@@ -714,7 +714,7 @@ def test_unsuitable_pure_python_config_is_refused(
         (
             FASTER_RCNN,
             '--batch-size 64 --gpus 8 --optimizer Addam',
-            '--optimizer Addam is unknown here: write one of SGD, LARS',
+            '--optimizer Addam is unknown: write one of SGD, LARS',
         ),
         (
             FASTER_RCNN,

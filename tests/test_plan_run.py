@@ -162,7 +162,7 @@ def test_impossible_calibration_is_refused(adamw):
 
     with pytest.raises(UsageError, match='ms of computing'):
         calibrate((16, 1), (768, 1e5))
-    with pytest.raises(UsageError, match='give different ones'):
+    with pytest.raises(UsageError, match='give two different numbers'):
         calibrate((16, 100), (16, 200))
 
 

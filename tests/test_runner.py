@@ -849,11 +849,10 @@ def test_taken_names_are_left_alone_and_told():
     assert done.returncode == 0, done.stderr
     told = done.stderr.split('once')[0]
     assert (
-        "type='LARS' of the optimizers is __main__.LARS in this project and "
-        'stays so: to have mmagvm.recipes.optimizers.LARS, write '
-        "type='mmagvm_LARS'"
+        "type='LARS' of the optimizers stands for __main__.LARS here: to use "
+        "mmagvm.recipes.optimizers.LARS, write type='mmagvm_LARS'"
     ) in told
-    assert told.count('in this project and stays so') == 13
+    assert told.count(' here: to use mmagvm.') == 13
 
 
 def test_names_that_are_taken_later_are_told():

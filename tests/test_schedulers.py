@@ -98,7 +98,7 @@ def test_warmup_of_one_step_is_none():
     [
         (dict(start_factor=0, end=5), 'start_factor=0'),
         (dict(start_factor=2, end=5), 'start_factor=2'),
-        (dict(), 'set its end'),
+        (dict(), 'set end'),
     ],
 )
 def test_warmup_that_cannot_be_meant_is_refused(wrong, message):
@@ -158,8 +158,8 @@ def test_window_behind_the_end_is_told(tmp_path):
     assert clipped_iterations(clip_cfg(tmp_path, 16, None, max_epochs=2)) == []
     (log,) = tmp_path.glob('*/*.log')
     assert (
-        'WARNING - begin=16 of ClipGradWindowHook is behind the last '
-        'iteration, 15, so nothing is clipped: set begin to less'
+        'WARNING - begin=16 of ClipGradWindowHook is after the last '
+        'iteration, 15, so nothing is clipped: set a smaller begin'
     ) in log.read_text()
 
 

@@ -1,3 +1,3 @@
-# and with 10 proposals in the detection head instead of 512
+# like its base, but with 10 proposals in the detection head instead of 512
 _base_ = './faster-rcnn_r50_32xb16-measure-16e_coco.py'
 model = dict(train_cfg=dict(rcnn=dict(sampler=dict(num=10))))

@@ -1,4 +1,4 @@
-# and without FPN
+# like its base, but without FPN
 _base_ = [
     './faster-rcnn_r50_fpn_32xb16-measure-16e_coco.py',
     './_base_/faster-rcnn_without-fpn.py',

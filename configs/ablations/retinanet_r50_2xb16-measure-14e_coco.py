@@ -1,4 +1,4 @@
-# and without FPN
+# like its base, but without FPN
 _base_ = [
     './retinanet_r50_fpn_2xb16-measure-14e_coco.py',
     './_base_/retinanet_without-fpn.py',

@@ -1,3 +1,3 @@
-# batch 32, measured from the start and not modulated
+# batch 32, measured from the start but not modulated
 _base_ = '../retinanet/retinanet_r50_fpn_2xb16-agvm-14e_coco.py'
 optim_wrapper = dict(modulate=False, begin=0)

@@ -5,9 +5,9 @@ Recognition of Handwritten Digits). Training images use its first 1347 scans,
 validation images the last 450, so that no scan is in both. Each image shows
 some digits, of several sizes, on a textured background.
 
-Besides boxes it has masks, COCO's panoptic format (``panoptic_*``), where the
-background is the one class of stuff, and semantic maps as ADE20K has them
-(``semantic_*``): 1 is the background, 2 to 11 are the digits.
+Besides boxes it has masks and COCO's panoptic format (``panoptic_*``), with
+the background as the one class of stuff. It also has semantic maps like
+ADE20K's (``semantic_*``): 1 is the background, 2 to 11 are the digits.
 """
 
 import json
@@ -24,7 +24,7 @@ SCANS = dict(train=slice(0, 1347), val=slice(1347, 1797))
 HEIGHTS = (14, 48)
 IMAGE_SIZE = 96
 MAX_DIGITS = 5
-#: Ink from which on a pixel belongs to a digit's mask.
+#: Least ink of a pixel in a digit's mask.
 MASK_INK = 0.3
 #: The background's category, after the digits'.
 GROUND = 10
@@ -72,8 +72,8 @@ def draw_image(
 
     Returns:
         The (IMAGE_SIZE, IMAGE_SIZE, 3) uint8 image, boxes (x, y, width,
-        height) in pixels, the digits' labels, and which digit each pixel
-        belongs to, from 1 on, 0 for the background.
+        height) in pixels, the digits' labels, and the number of the digit at
+        each pixel, from 1 on, 0 for the background.
     """
     image = draw_background(rng)
     owner = np.zeros(image.shape[:2], np.uint8)
@@ -148,11 +148,11 @@ def make_split(
     """Write images, maps and ``annotations/*.json`` of a split.
 
     Args:
-        out_dir: Where the data set is.
+        out_dir: Folder of the data set.
         split: Its name.
         num_images: How many to draw.
-        seed: Of what is random; two splits should not share one.
-        scans: Those of the 1797 that its images show.
+        seed: Of the random numbers; two splits should not share one.
+        scans: Those of the 1797 that the images show.
     """
     digits = load_digits()
     shown, labels = digits.images[scans], digits.target[scans]

@@ -1,6 +1,6 @@
-"""The papers' numbers, and what their recipes need and the host lacks.
+"""The papers' numbers, and classes of their recipes that OpenMMLab lacks.
 
-Importing this registers it.
+Importing this registers the classes.
 """
 
 from mmagvm.recipes import optimizers  # noqa: F401  registers them

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 # the function, not the layer of that name: DDP refuses the layer on a CPU,
-# and the layer's process group could not be copied, as EMAHook copies models
+# and EMAHook, which copies models, cannot copy the layer's process group
 from torch.nn.modules._functions import SyncBatchNorm as SyncBatchNormFunction
 
 from mmagvm.core.graphs import outside_of_graphs
@@ -30,25 +30,25 @@ class CGBN(nn.BatchNorm2d):
         var = sum_i v_i / sum_i |B_i|,       v_i = sum_{x in B_i} (x - mu)^2
         y = weight * (x - mu) / sqrt(var + eps) + bias
 
-    which equals a batch norm over the ranks' concatenated images, in gradient
-    too, also where images differ in size. Each sum is an all-reduce; on CUDA
-    torch's kernels of SyncBatchNorm do the same. Parameters, buffers and
-    evaluation are BatchNorm2d's; running statistics are those of the own
+    which equals a batch norm over the ranks' concatenated images, also in its
+    gradient and where images differ in size. Each sum is an all-reduce; on
+    CUDA torch's kernels of SyncBatchNorm do the same. Parameters, buffers and
+    evaluation are BatchNorm2d's. Running statistics are those of the rank's
     group, until MMEngine's SyncBuffersHook averages them. A single process
     normalizes its own batch, whatever ``bn_size`` is.
 
-    The group is settled in a layer's first training forward, with
-    collectives: a layer that trains must see a batch on every rank, as with
-    SyncBN, though it may be empty, as that of a RoI head. Running statistics
-    stay as they are where a group has fewer than two values of a channel.
-    torch.compile leaves the layer out of its graphs where there are groups.
+    A layer makes its group in the first training forward, with collectives.
+    So a layer that trains must see a batch on every rank, as with SyncBN; it
+    may be empty, as in a RoI head. Running statistics do not change where a
+    group has fewer than two values of a channel. torch.compile leaves the
+    layer out of its graphs where there are groups.
 
     Args:
         num_features: Channels.
         bn_size: Images in a statistic.
         images_per_rank: Images that a rank hands to this layer at once.
-            Defaults to None, the length of its first training batch; to be
-            given where that counts something else, as RoIs in a RoI head.
+            Defaults to None, the length of its first training batch. Set it
+            where that counts something else, as RoIs in a RoI head.
         kwargs: Of ``nn.BatchNorm2d``.
 
     Raises:
@@ -75,7 +75,7 @@ class CGBN(nn.BatchNorm2d):
                 )
         self.bn_size = bn_size
         self.images_per_rank = images_per_rank
-        # no process group is kept here, as it could not be copied or pickled
+        # keeps no process group, which could not be copied or pickled
         self._ranks: Optional[int] = None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class CGBN(nn.BatchNorm2d):
             return super().forward(input)
         return self._group_forward(input)
 
-    # collectives that make groups are no part of a graph
+    # collectives that make groups cannot be part of a graph
     @outside_of_graphs
     def _group_forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
@@ -112,7 +112,7 @@ class CGBN(nn.BatchNorm2d):
         return f'{super().extra_repr()}, bn_size={self.bn_size}'
 
     def _weight_of_batch(self) -> float:
-        """Of this batch, in the running statistics; counts the batch."""
+        """Count the batch, and return its weight in running statistics."""
         if self.num_batches_tracked is None:
             return 0.0
         self.num_batches_tracked.add_(1)
@@ -157,7 +157,7 @@ def group_batch_norm(
 
     count = x.new_tensor([x.numel() // x.size(1)])
     sums = _GroupSum.apply(torch.cat([x.sum(dims), count]), group)
-    # no rank may have a value: then there is nothing to normalize
+    # possibly no rank has a value: then there is nothing to normalize
     count = sums[-1].detach()
     mean = sums[:-1] / count.clamp(min=1)
     centred = x - by_channel(mean)
@@ -178,7 +178,7 @@ def group_batch_norm(
 
 
 class _CountingSyncBatchNorm(Function):
-    """torch's function, which also returns how many values it has seen."""
+    """torch's function, which also returns the number of its values."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tuple[Tensor, Tensor]:
@@ -203,8 +203,8 @@ def sync_batch_norm(
 ) -> Tensor:
     """:func:`group_batch_norm` by torch's CUDA kernels.
 
-    These would divide by zero, into the running statistics, where the group
-    has no or one value.
+    If the group has no value or one, the kernels would divide by zero in the
+    running statistics. Then this keeps the old ones.
     """
     kept = [
         None if b is None else b.clone() for b in (running_mean, running_var)
@@ -235,10 +235,10 @@ class _GroupSum(Function):
 
 
 def ranks_in_group(bn_size: int, images_per_rank: int) -> int:
-    """How many ranks make a statistic; all ranks must ask at once.
+    """How many ranks share a statistic; all ranks must call this at once.
 
-    They compare what they have before any of them decides, so that none
-    waits for a group that another one refuses to make.
+    Ranks first exchange their numbers, so that all come to the same result,
+    and none waits for a group that another one refuses.
 
     Raises:
         ValueError: See :class:`CGBN`.
@@ -249,17 +249,17 @@ def ranks_in_group(bn_size: int, images_per_rank: int) -> int:
     if len(images) > 1 or images[0] == 0:
         raise ValueError(
             f'bn_size={bn_size} in norm_cfg of CGBN: the ranks hand '
-            f'{images[0]} to {images[-1]} inputs to the same layer, so what '
-            'an image is cannot be known: write images_per_rank=N next to '
-            'bn_size, the batch_size of train_dataloader'
+            f'{images[0]} to {images[-1]} inputs to the same layer, so the '
+            'number of images per rank is unknown: write images_per_rank=N '
+            'next to bn_size, the batch_size of train_dataloader'
         )
     machines = [machine for _, machine in seen]
     sizes = possible_group_sizes(machines)
     if bn_size not in [images[0] * size for size in sizes]:
         raise ValueError(
-            f'bn_size={bn_size} in norm_cfg of CGBN cannot be had from ranks '
-            f'with {images[0]} images each, {machines.count(machines[0])} '
-            'on a machine: write one of '
+            f'bn_size={bn_size} in norm_cfg of CGBN is not possible with '
+            f'{images[0]} images per rank and {machines.count(machines[0])} '
+            'ranks per machine: write one of '
             f'{", ".join(str(images[0] * size) for size in sizes)}, or '
             'change train_dataloader.batch_size (where the layer sees RoIs, '
             'not images, add images_per_rank)'
@@ -271,7 +271,7 @@ def possible_group_sizes(machines: List[Any]) -> List[int]:
     """Sizes of equal groups of consecutive ranks, each on one machine.
 
     Args:
-        machines: Of every rank, in their order.
+        machines: Of every rank, in order.
     """
     ranks = len(machines)
     return [
@@ -285,15 +285,15 @@ def possible_group_sizes(machines: List[Any]) -> List[int]:
     ]
 
 
-#: Of each size, the world and this rank's part of it.
+#: For each size, the world and this rank's group in it.
 _groups: 'dict[int, Tuple[dist.ProcessGroup, dist.ProcessGroup]]' = {}
 
 
 def rank_group(size: int) -> dist.ProcessGroup:
-    """The ``size`` consecutive ranks that this one is of.
+    """The group of ``size`` consecutive ranks that contains this one.
 
-    Made when a size is first asked for, which all ranks must do in the same
-    order; :func:`ranks_in_group` gives them the same sizes.
+    It is made at the first call for a size. All ranks must call for sizes in
+    the same order; :func:`ranks_in_group` gives them the same sizes.
     """
     world = dist.group.WORLD
     if size not in _groups or _groups[size][0] is not world:
@@ -307,6 +307,6 @@ def _world_size() -> int:
 
 
 def _machine() -> Any:
-    """The same on all ranks of a machine, and there only."""
+    """A value that ranks share if they are on the same machine."""
     local = os.environ.get('LOCAL_WORLD_SIZE')  # torchrun's
     return dist.get_rank() // int(local) if local else socket.gethostname()

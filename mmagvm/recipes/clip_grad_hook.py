@@ -13,12 +13,12 @@ from mmagvm.recipes.registry import register
 class ClipGradWindowHook(Hook):
     """Lets ``optim_wrapper.clip_grad`` act in a window of iterations only.
 
-    What is clipped, and how, is set in ``optim_wrapper.clip_grad`` as usual.
-    Holds no state, so a resumed run clips as if it had never stopped.
+    ``optim_wrapper.clip_grad`` sets how gradients are clipped, as usual. The
+    hook holds no state, so a resumed run clips as if it had never stopped.
 
     Args:
-        begin: First iteration whose update is clipped.
-        end: First one after the window that is not. Defaults to None, never.
+        begin: First iteration with clipped gradients.
+        end: First iteration after the window. Defaults to None, for no end.
 
     Raises:
         ValueError: The window is empty, or ``clip_grad`` is not set.
@@ -27,7 +27,7 @@ class ClipGradWindowHook(Hook):
     def __init__(self, begin: int, end: Optional[int] = None) -> None:
         if begin < 0 or (end is not None and end <= begin):
             raise ValueError(
-                f'begin={begin}, end={end} of ClipGradWindowHook is no '
+                f'begin={begin}, end={end} of ClipGradWindowHook is not a '
                 'window: write 0 <= begin < end'
             )
         self.begin = begin
@@ -35,26 +35,26 @@ class ClipGradWindowHook(Hook):
         self._clip_grad: Optional[Dict[str, Any]] = None
 
     def before_train(self, runner: Runner) -> None:
-        """Take the setting over."""
+        """Take over the setting of the wrapper."""
         wrapper = runner.optim_wrapper
         if hasattr(wrapper, 'optim_wrappers'):
             raise ValueError(
-                'ClipGradWindowHook clips for one optimizer, and '
+                'ClipGradWindowHook clips for one optimizer, but '
                 f'optim_wrapper has several, {list(wrapper.optim_wrappers)}: '
                 'remove the hook, or write a single optim_wrapper'
             )
         self._clip_grad = wrapper.clip_grad_kwargs
         if not self._clip_grad:
             raise ValueError(
-                'ClipGradWindowHook has nothing to clip by: set '
+                'ClipGradWindowHook needs a norm to clip to: set '
                 'clip_grad=dict(max_norm=...) in optim_wrapper'
             )
 
         if self.begin >= runner.max_iters:
             runner.logger.warning(
-                f'begin={self.begin} of ClipGradWindowHook is behind the last '
+                f'begin={self.begin} of ClipGradWindowHook is after the last '
                 f'iteration, {runner.max_iters - 1}, so nothing is clipped: '
-                'set begin to less'
+                'set a smaller begin'
             )
 
     def before_train_iter(

@@ -1,4 +1,4 @@
-"""Learning rates, lengths and intervals of the papers' recipes, once.
+"""Learning rates, lengths and intervals of the papers' recipes.
 
 ``tools/misc/write_configs.py`` writes the configs from them.
 """
@@ -10,7 +10,7 @@ from typing import Dict, Mapping, Optional, Tuple, TypeVar
 
 @dataclass(frozen=True)
 class LRRule:
-    """Linear in the batch up to a knee, slower beyond (appendix A.5.1).
+    """Linear in the batch size up to a knee, then slower (appendix A.5.1).
 
     Args:
         base_lr: The reference learning rate...
@@ -52,8 +52,8 @@ RULES: Dict[Tuple[str, str], LRRule] = {
     ('AdamW', 'COCO'): LRRule(2e-4, 32, 128, math.sqrt(1.5)),
 }
 
-#: This project's own, by optimizer: not in the paper, not run on COCO. They
-#: are multiples of AdamW's best rate at batch 32, which on COCO is the
+#: This project's own rules, by optimizer: not in the paper, not run on COCO.
+#: They are multiples of AdamW's best rate at batch 32, which on COCO is the
 #: paper's. In the study (docs/evidence_tables.md, best learning rates) SOAP's
 #: best rate is 3 to 6 times that one at each batch size from 32 to 1024.
 #: Muon's is twice that one at 32 and 6 to 8 times from 256 on. At the rates of
@@ -70,8 +70,8 @@ def find_rule(optimizer: str, dataset: str) -> Tuple[str, Optional[LRRule]]:
     Any data set whose name does not contain ADE20K counts as COCO.
 
     Returns:
-        For which of the two the rule is, and the rule; None where the paper
-        has none.
+        The data set of the rule, ADE20K or COCO, and the rule; None where the
+        paper has none.
     """
     name = 'ADE20K' if 'ADE20K' in dataset else 'COCO'
     return name, RULES.get((optimizer, name))
@@ -90,7 +90,7 @@ Value = TypeVar('Value')
 
 
 def at(table: Mapping[int, Value], batch_size: int) -> Value:
-    """What a table by batch size says from its entry at or below one."""
+    """The value of a table's largest batch size that is not above one."""
     return table[max(size for size in table if size <= batch_size)]
 
 

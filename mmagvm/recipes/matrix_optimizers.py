@@ -1,8 +1,8 @@
 """SOAP and Muon, which precondition whole matrices, over pytorch_optimizer.
 
-Both take the learning rates of AdamW and the weights of any model as they
-are. What is done for every matrix and is dear, SOAP's bases and Muon's
-orthogonal factors, ranks do together: see :mod:`mmagvm.recipes.shared_work`.
+Both take learning rates on AdamW's scale, and weights of any model. Ranks
+share the costly work for each matrix, SOAP's bases and Muon's orthogonal
+factors: see :mod:`mmagvm.recipes.shared_work`.
 """
 
 from collections import defaultdict
@@ -41,10 +41,10 @@ class SOAP(pytorch_optimizer.SOAP):
     vectors, so biases and norm layers, step as with AdamW, unrotated, without
     a setting. The first update only makes the bases.
 
-    Between ranks the renewal of bases is shared: see :func:`share`. Keeps
-    S_i, Q_i and two moments: 2 (n_1^2 + ... + n_k^2) numbers more than AdamW
-    for each weight. AGVM measures gradients as Adam divides them, in the
-    rotated basis.
+    Ranks share the renewal of bases: see :func:`share`. The state has S_i,
+    Q_i and two moments: 2 (n_1^2 + ... + n_k^2) numbers more than AdamW's for
+    each weight. AGVM measures gradients as Adam divides them, in the rotated
+    basis.
 
     Args:
         params: Parameters or their groups.
@@ -57,14 +57,14 @@ class SOAP(pytorch_optimizer.SOAP):
         max_precondition_dim: Dimensions above it are left unrotated. Defaults
             to 10000.
         eps: Adam's. Defaults to 1e-8.
-        foreach: True or None, which mean the same: what is done to each
-            element is done for all weights at once.
+        foreach: True or None, which mean the same: elementwise operations
+            run for all weights at once.
         share_work: Whether ranks share the renewals, each doing a part.
             False if they train different weights. Defaults to True.
 
     Raises:
-        ValueError: ``foreach=False``, sharded parameters, or in the first
-            update, ranks with different gradients that share the work.
+        ValueError: ``foreach=False``; sharded parameters; or, in the first
+            update, different gradients on ranks that share the work.
     """
 
     #: Shapes of the weights that ranks have been found to have alike.
@@ -121,7 +121,7 @@ class SOAP(pytorch_optimizer.SOAP):
         return loss
 
     def _step_group(self, group: Group) -> None:
-        """As the library does, many weights at once."""
+        """The library's step, for many weights at once."""
         self.init_group(group)
         group['step'] += 1
         params, grads = with_gradient(group)
@@ -143,7 +143,7 @@ class SOAP(pytorch_optimizer.SOAP):
         )
         divisor = torch._foreach_sqrt(exp_avg_sqs)
         torch._foreach_add_(divisor, group['eps'])
-        # not in place: what is not rotated is the average itself
+        # not in place: _rotate returns an unrotated average itself
         steps = list(
             torch._foreach_div(self._rotate(group, exp_avgs, states), divisor)
         )
@@ -178,7 +178,7 @@ class SOAP(pytorch_optimizer.SOAP):
             for tensor, state in zip(tensors, states)
         ]
 
-    # -- the bases: the library's statistics, and the ranks' shared work
+    # -- bases: the library's statistics, and the work that ranks share
 
     def init_group(self, group: Group, **kwargs: Any) -> None:
         """Make the state of weights that have their first gradient."""
@@ -197,7 +197,7 @@ class SOAP(pytorch_optimizer.SOAP):
     ) -> None:
         """Update the statistics only; bases are renewed all at once."""
         basis = state['Q']
-        state['Q'] = ()  # so that the library makes none, nor at step 0
+        state['Q'] = ()  # so that the library makes none, even at step 0
         super().update_pre_conditioner(grad, state, step=0, **options)
         state['Q'] = basis
 
@@ -223,7 +223,7 @@ class SOAP(pytorch_optimizer.SOAP):
             share(
                 [float(size) ** 3 for size in sizes],
                 [[(size, size), (size,)] for size in sizes],
-                _at_least_float32(jobs[0][0]),  # which can hold an order
+                _at_least_float32(jobs[0][0]),  # can hold indices
                 lambda chosen: [self._renewed(*jobs[job]) for job in chosen],
                 alone=not self._share_work,
             )
@@ -232,8 +232,8 @@ class SOAP(pytorch_optimizer.SOAP):
             for dim, statistics in enumerate(state['GG']):
                 if len(statistics):
                     basis, order = next(renewed)
-                    # by columns, as QR leaves them, alone or shared: products
-                    # must not round otherwise
+                    # by columns, as QR returns them, whether shared or not,
+                    # so that products round alike
                     columns = basis.mT.to(statistics.dtype).clone(
                         memory_format=torch.contiguous_format
                     )
@@ -244,14 +244,15 @@ class SOAP(pytorch_optimizer.SOAP):
                     )
 
     def _renewed(self, statistics: Tensor, basis: Any) -> Results:
-        """A basis, and where each of its vectors was in the old one.
+        """A basis, and the position of each of its vectors in the old one.
 
         Args:
             statistics: S, (n, n).
-            basis: Q, (n, n), its vectors in columns; empty to begin with.
+            basis: Q, (n, n), its vectors in columns; empty at first.
         """
         if not len(basis):
-            # of NaN there are no eigenvectors, and the other ranks wait
+            # NaN has no eigenvectors, and an error here would leave the other
+            # ranks waiting
             finite = statistics.nan_to_num(0, 0, 0)
             (first,) = self.get_orthogonal_matrix(finite[None])
             return first, torch.arange(len(first), device=first.device)
@@ -276,14 +277,14 @@ class Muon(pytorch_optimizer.Muon):
     The factor gives a step the size of AdamW's (Liu et al., "Muon is
     scalable for LLM training", 2025), so that all weights share one rate.
 
-    Everything else steps as with AdamW without a setting: scalars, vectors,
-    so biases and norm layers, and weights with a single row or column. So do
-    matrices with the option ``use_muon=False``, for instance embeddings::
+    Everything else steps as with AdamW, without a setting: scalars, vectors
+    (so biases and norm layers), and weights with a single row or column. So
+    do matrices with the option ``use_muon=False``, for instance embeddings::
 
         paramwise_cfg=dict(custom_keys={
             'query_embed': dict(use_muon=False)})
 
-    Ranks orthogonalize each a part of the matrices: see :func:`share`. AGVM
+    Each rank orthogonalizes a part of the matrices: see :func:`share`. AGVM
     measures raw gradients, since the step is not linear in them.
 
     Args:
@@ -300,9 +301,9 @@ class Muon(pytorch_optimizer.Muon):
             part. False if they train different weights. Defaults to True.
 
     Raises:
-        ValueError: ``foreach=False``, ``use_muon=True`` for a weight that is
-            no matrix, sharded parameters, or in the first update, ranks with
-            different gradients that share the work.
+        ValueError: ``foreach=False``; ``use_muon=True`` for a weight that is
+            no matrix; sharded parameters; or, in the first update, different
+            gradients on ranks that share the work.
     """
 
     #: Shapes of the weights that ranks have been found to have alike.
@@ -338,8 +339,8 @@ class Muon(pytorch_optimizer.Muon):
             adamw_eps=eps,
             foreach=foreach,
         )
-        # which the library leaves out: MMEngine logs the rate from them, and
-        # groups that are added later take them
+        # the library leaves these out, but MMEngine logs the rate from them,
+        # and groups that are added later take them
         self.defaults.update(
             lr=lr,
             momentum=momentum,
@@ -417,7 +418,7 @@ class Muon(pytorch_optimizer.Muon):
 
 
 def with_gradient(group: Group) -> Tuple[List[Tensor], List[Tensor]]:
-    """A group's parameters that have a gradient, and those."""
+    """A group's parameters with a gradient, and their gradients."""
     params = [p for p in group['params'] if p.grad is not None]
     return params, [p.grad for p in params]
 
@@ -428,7 +429,7 @@ def is_matrix(param: Tensor) -> bool:
 
 
 def split_matrices(params: Any) -> List[Group]:
-    """Parameter groups of matrices only, and of all else, by ``use_muon``.
+    """Split parameter groups into matrices and the rest, by ``use_muon``.
 
     Args:
         params: Parameters, or groups of them, maybe with ``param_names``.
@@ -447,8 +448,8 @@ def split_matrices(params: Any) -> List[Group]:
         if group.get('use_muon') and not all(matrices):
             raise ValueError(
                 'use_muon=True of Muon is set for a weight of shape '
-                f'{tuple(own[matrices.index(False)].shape)}, which is no '
-                'matrix: leave use_muon out, and Muon takes matrices only'
+                f'{tuple(own[matrices.index(False)].shape)}, which is not a '
+                'matrix: leave use_muon out, as Muon finds matrices by itself'
             )
         if group.get('use_muon') is False:
             matrices = [False] * len(own)
@@ -510,7 +511,7 @@ def orthogonalize(
 def _check_foreach(name: str, foreach: Optional[bool]) -> None:
     if foreach is False:
         raise ValueError(
-            f'foreach=False of {name} is not to be had, as weights step '
+            f'foreach=False of {name} is not supported, as weights step '
             'together: leave it out'
         )
 
@@ -520,7 +521,7 @@ def _refuse_shards(group: Group) -> None:
     params = [params] if isinstance(params, Tensor) else params
     if any(type(param).__name__ == 'DTensor' for param in params):
         raise ValueError(
-            'SOAP and Muon step whole weights, and these are sharded: train '
+            'SOAP and Muon need whole weights, but these are sharded: train '
             "with MMDistributedDataParallel, or with optimizer type='AdamW'"
         )
 

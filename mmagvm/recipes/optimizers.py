@@ -1,14 +1,14 @@
 """LARS, LAMB, PMD-LAMB, SOAP and Muon, where pytorch_optimizer is installed.
 
-Importing this registers the names in either case; without the library they
-are refused when an optimizer is built, so that no other training needs it.
+Importing this registers the names even without the library. Then building one
+of these optimizers raises an error, but no other training needs the library.
 """
 
 from typing import TYPE_CHECKING, Any, Callable
 
 import torch
 
-# from here, where torch's own have been registered: they may be in the way
+# from this module, which has already registered torch's own optimizers
 from mmengine.optim import OPTIMIZERS
 
 from mmagvm.recipes.registry import register
@@ -40,8 +40,8 @@ else:
     from mmagvm.recipes.matrix_optimizers import SOAP, Muon
 
     register(OPTIMIZERS)(SOAP)
-    # torch 2.9 and later has one that takes nothing but matrices, so that no
-    # model of mmdet or mmseg can be trained with it
+    # torch 2.9 and later has a Muon that takes matrices only, so that it
+    # trains no model of mmdet or mmseg
     register(OPTIMIZERS, instead_of='torch.optim')(Muon)
 
     @register(OPTIMIZERS)
@@ -54,8 +54,8 @@ else:
             m <- momentum m + ratio (g + weight_decay w);  w <- w - lr m
 
         Scalars and vectors, so biases and norm layers, have ratio 1 and no
-        weight decay without a setting. Keeps no second moment: AGVM measures
-        raw gradients, as for SGD.
+        weight decay, without a setting. There is no second moment, so AGVM
+        measures raw gradients, as for SGD.
 
         Args:
             params: Parameters or their groups.
@@ -75,12 +75,12 @@ else:
             r = m / (sqrt(v) + eps) + weight_decay w
             w <- w - lr min(|w|, 10) / |r| r
 
-        without bias correction, which the ratio all but cancels, and with
-        ratio 1 where w is zero. Keeps ``exp_avg_sq``, so AGVM measures Alg.
-        2's modified gradients.
+        without bias correction, which the ratio nearly cancels, and with
+        ratio 1 where w is zero. The state has ``exp_avg_sq``, so AGVM
+        measures Alg. 2's modified gradients.
 
-        All parameters are adapted. Biases and norm layers step as with Adam
-        by the option ``adam=True``, for instance
+        All parameters are adapted. With the option ``adam=True`` biases and
+        norm layers step as with Adam, for instance
 
             paramwise_cfg=dict(custom_keys={
                 'bias': dict(adam=True, decay_mult=0.0),
@@ -92,16 +92,16 @@ else:
             betas: Decay of the moments. Defaults to (0.9, 0.999).
             eps: Defaults to 1e-6.
             weight_decay: Defaults to 0.
-            weight_decouple: True shrinks weights as AdamW does instead, by
-                ``lr * weight_decay`` outside of the ratio, which is the
-                library's default. Defaults to False, the paper's.
+            weight_decouple: True, the library's default, shrinks weights as
+                AdamW does, by ``lr * weight_decay`` outside of the ratio.
+                Defaults to False, the paper's.
             kwargs: Of ``pytorch_optimizer.Lamb``.
         """
 
         def __init__(
             self, params: Any, weight_decouple: bool = False, **kwargs: Any
         ) -> None:
-            # else the library divides lr by 1 - beta1^t, which the trust
+            # otherwise the library divides lr by 1 - beta1^t, which the trust
             # ratio does not cancel: ten times the lr in the first update
             kwargs.setdefault('adam_debias', True)
             super().__init__(params, weight_decouple=weight_decouple, **kwargs)
@@ -111,16 +111,16 @@ else:
         """:class:`LAMB` with periodical moments decay.
 
         After every ``period`` updates both moments are multiplied by
-        ``moment_decay``, which lets the optimizer forget old gradients. The
-        papers name this method without its period and its factor: how the
-        decay is done here and both defaults are this project's reading, and
-        not those behind the results that they report.
+        ``moment_decay``, so that the optimizer forgets old gradients. The
+        papers name this method without its period and its factor. The form
+        of the decay and both defaults are this project's choice, not those
+        behind the reported results.
 
         Args:
             params: Parameters or their groups.
             period: Updates between two decays. Defaults to 100.
-            moment_decay: Factor, from 0, which starts afresh, to 1, which
-                makes this LAMB. Defaults to 0.5.
+            moment_decay: Factor from 0, which clears the moments, to 1,
+                which makes this LAMB. Defaults to 0.5.
             kwargs: Of :class:`LAMB`.
         """
 
@@ -147,7 +147,7 @@ else:
 
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
-            """Update, then decay the moments if it is time."""
+            """Update, then decay the moments if a period ends."""
             loss = super().step(closure)
             for group in self.param_groups:
                 if group['step'] % group['period'] == 0:

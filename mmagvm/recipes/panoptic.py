@@ -16,9 +16,9 @@ IGNORED = 255
 class LoadPanopticSegments:
     """Masks and the semantic map from a COCO panoptic PNG.
 
-    What mmdet's LoadPanopticAnnotations reads for training, but for boxes
-    and labels, which mmdet's LoadAnnotations reads before this; that one
-    needs ``panopticapi``, which is on no package index.
+    Reads what mmdet's LoadPanopticAnnotations reads for training, except for
+    boxes and labels, which mmdet's LoadAnnotations reads before. mmdet's
+    transform needs ``panopticapi``, which is on no package index.
 
     Args:
         backend_args: Of MMEngine's file backend.
@@ -34,8 +34,7 @@ class LoadPanopticSegments:
             results: With ``seg_map_path``, ``segments_info`` and
                 ``ori_shape``, as CocoPanopticDataset gives them.
         """
-        # mmcv and mmdet are there where panoptic segmentation is trained;
-        # importing mmagvm must not need them
+        # imported here, as importing mmagvm must not need mmcv and mmdet
         import mmcv
         from mmdet.structures.mask import BitmapMasks
 
@@ -52,6 +51,6 @@ class LoadPanopticSegments:
                 masks.append(inside.astype(np.uint8))
         results['gt_masks'] = BitmapMasks(masks, *ids.shape)
         results['gt_seg_map'] = seg_map
-        # mmdet's LoadAnnotations sets it next to a map that it has read
+        # mmdet's LoadAnnotations sets it, too, if it reads a map
         results['ignore_index'] = IGNORED
         return results

@@ -1,4 +1,4 @@
-"""Registers this project's classes beside those of others."""
+"""Registers this project's classes next to those of others."""
 
 import logging
 from functools import wraps
@@ -9,7 +9,7 @@ from mmengine.registry import Registry
 logger = logging.getLogger('mmagvm')
 Registered = TypeVar('Registered', bound=Callable[..., Any])
 
-#: What found its name taken, in a sentence each, for the log of a run.
+#: A sentence for each name that was taken, for the log of a run.
 taken: List[str] = []
 
 
@@ -18,15 +18,15 @@ def register(
 ) -> Callable[[Registered], Registered]:
     """A decorator that registers a class, unless its name is taken.
 
-    What somebody else has registered stays, and what somebody else registers
-    later takes the name, both with a warning; this project's is then found as
-    ``mmagvm_<name>``. Importing this project twice is silent.
+    Another project's class keeps its name, even if it is registered later.
+    Then this project's class is registered as ``mmagvm_<name>``, with a
+    warning. Importing this project twice gives no warning.
 
     Args:
-        registry: Where.
+        registry: Where to register.
         name: Defaults to that of the class.
-        instead_of: A package whose class of that name is replaced, and found
-            as ``Torch<name>`` from then on.
+        instead_of: A package. Its class of that name is replaced, and
+            registered as ``Torch<name>``.
     """
 
     def decorate(ours: Registered) -> Registered:
@@ -36,7 +36,7 @@ def register(
             if f'Torch{key}' not in registry.module_dict:
                 registry.register_module(name=f'Torch{key}', module=theirs)
         elif theirs is not None and _full_name(theirs) != _full_name(ours):
-            _tell_taken(registry, key, theirs, ours)
+            _report_taken(registry, key, theirs, ours)
             key = f'mmagvm_{key}'
         registry.register_module(name=key, module=ours, force=True)
         _make_way(registry)
@@ -46,7 +46,7 @@ def register(
 
 
 def _make_way(registry: Registry) -> None:
-    """Leave names to a project that registers them later, as tools do."""
+    """Give up a name once another project registers it."""
     plain = registry._register_module
     if hasattr(plain, 'makes_way'):
         return
@@ -65,7 +65,7 @@ def _make_way(registry: Registry) -> None:
                 and _is_of(ours, 'mmagvm')
                 and _full_name(ours) != _full_name(module)
             ):
-                _tell_taken(registry, key, module, ours)
+                _report_taken(registry, key, module, ours)
                 del registry.module_dict[key]
                 plain(ours, f'mmagvm_{key}', True)
         plain(module, module_name, force)
@@ -74,10 +74,12 @@ def _make_way(registry: Registry) -> None:
     registry._register_module = register_module
 
 
-def _tell_taken(registry: Registry, key: str, theirs: Any, ours: Any) -> None:
+def _report_taken(
+    registry: Registry, key: str, theirs: Any, ours: Any
+) -> None:
     sentence = (
-        f'type={key!r} of the {registry.name}s is {_full_name(theirs)} in '
-        f'this project and stays so: to have {_full_name(ours)}, write '
+        f'type={key!r} of the {registry.name}s stands for '
+        f'{_full_name(theirs)} here: to use {_full_name(ours)}, write '
         f"type='mmagvm_{key}'"
     )
     if sentence not in taken:

@@ -13,7 +13,7 @@ class ExponentialWarmupLR(_ParamScheduler):
     """Grows the learning rate by the same factor at each step.
 
     From ``start_factor`` at ``begin`` to 1 at the last step before ``end``,
-    where LinearLR gets there too:
+    as in LinearLR:
 
         factor_t = start_factor ** (1 - (t - begin) / (end - begin - 1))
 
@@ -21,14 +21,14 @@ class ExponentialWarmupLR(_ParamScheduler):
         optimizer: An optimizer or an optimizer wrapper.
         start_factor: Of the learning rate, in (0, 1]. Defaults to 0.001.
         begin: First step. Defaults to 0.
-        end: Step from which on the rate is left alone.
+        end: First step after the warm-up.
         last_step: As in MMEngine. Defaults to -1.
-        by_epoch: Whether steps are epochs. Defaults to True, MMEngine's; with
-            ``convert_to_iter_based=True`` it grows within epochs.
+        by_epoch: Whether steps are epochs. Defaults to True, as in MMEngine.
+            With ``convert_to_iter_based=True`` the rate grows within epochs.
         verbose: Whether to print every rate. Defaults to False.
 
     Raises:
-        ValueError: ``start_factor`` or ``end`` cannot be meant.
+        ValueError: ``start_factor`` is not in (0, 1], or ``end`` is missing.
     """
 
     def __init__(
@@ -43,13 +43,11 @@ class ExponentialWarmupLR(_ParamScheduler):
     ) -> None:
         if not 0 < start_factor <= 1:
             raise ValueError(
-                f'start_factor={start_factor} of ExponentialWarmupLR is not '
-                'a factor to grow from: write one above 0 and up to 1'
+                f'start_factor={start_factor} of ExponentialWarmupLR is out '
+                'of range: write a number above 0 and at most 1'
             )
         if end == INF:
-            raise ValueError(
-                'ExponentialWarmupLR must end somewhere: set its end'
-            )
+            raise ValueError('ExponentialWarmupLR has no end: set end')
         self.start_factor = start_factor
         self.total_iters = end - begin - 1
         super().__init__(
@@ -83,9 +81,9 @@ class ExponentialWarmupLR(_ParamScheduler):
         )
 
     def _get_value(self) -> List[float]:
-        """The next rates, from the present ones as MMEngine wants it."""
+        """The next rates, computed from the current ones."""
         if self.last_step == 0:
-            # a warm-up of one step has no room to grow in
+            # a warm-up of one step starts at the full rate
             factor = self.start_factor if self.total_iters > 0 else 1.0
         else:
             factor = self.start_factor ** (-1 / self.total_iters)

@@ -1,4 +1,4 @@
-"""Work that every rank would repeat, done once: by each rank its part."""
+"""Shares work that every rank would repeat: each rank does a part of it."""
 
 from typing import Callable, List, Sequence, Tuple
 
@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-#: What a job gives, in shapes and in tensors.
+#: The results of a job, as shapes and as tensors.
 Shapes = Sequence[Tuple[int, ...]]
 Results = Sequence[Tensor]
 
@@ -18,19 +18,18 @@ def share(
     do: Callable[[Sequence[int]], Sequence[Results]],
     alone: bool = False,
 ) -> List[Results]:
-    """The results of all jobs, the same bits on every rank.
+    """The results of all jobs, bitwise equal on every rank.
 
     All ranks call this at once, with the same jobs. Each does a part of them,
-    such that the parts cost about the same. One all-reduce, in which nothing
-    but zeros is added to a result, hands them around. A single process does
-    all jobs.
+    such that the parts cost about the same. One all-reduce distributes the
+    results, and only adds zeros to them. A single process does all jobs.
 
     Args:
         costs: Of every job, in any unit.
         shapes: Of every job's results.
         like: A tensor of the results' device and type.
         do: Does jobs, given their indices, and returns their results.
-        alone: Whether this rank does all by itself. Defaults to False.
+        alone: Whether this rank does all jobs. Defaults to False.
     """
     if alone or world_size() == 1 or not costs:
         return list(do(range(len(costs))))
@@ -46,7 +45,7 @@ def share(
     for job, own in zip(part, do(part)):
         for result, value in zip(results[job], own):
             result.copy_(value)
-    # of floats alone, which every backend sends; this stream waits for it
+    # of floats only, which every backend sends; this stream waits for it
     dist.all_reduce(flat)
     return results
 
@@ -58,8 +57,8 @@ def require_alike(tensors: Sequence[Tensor], remedy: str) -> None:
     to the host.
 
     Args:
-        tensors: What jobs are made of.
-        remedy: What to do else.
+        tensors: The inputs of the jobs.
+        remedy: What to do otherwise, for the message.
 
     Raises:
         ValueError: On every rank, if one differs.
@@ -71,34 +70,34 @@ def require_alike(tensors: Sequence[Tensor], remedy: str) -> None:
     own = torch.stack([norm.new_tensor(float(shapes)), norm])
     gathered = [torch.empty_like(own) for _ in range(world_size())]
     dist.all_gather(gathered, own)
-    everybodys = torch.stack(gathered).cpu()
-    # unlike GPUs round a norm differently
+    every = torch.stack(gathered).cpu()
+    # GPUs of different kinds round a norm differently
     same = torch.allclose(
-        everybodys[:, 1], everybodys[:1, 1], rtol=1e-5, atol=0, equal_nan=True
+        every[:, 1], every[:1, 1], rtol=1e-5, atol=0, equal_nan=True
     )
-    if not same or len(everybodys[:, 0].unique()) > 1:
+    if not same or len(every[:, 0].unique()) > 1:
         raise ValueError(
-            'ranks have different gradients or parameters, and would mix up '
-            f'the matrix work that they share: {remedy}'
+            'ranks have different gradients or parameters, so they cannot '
+            f'share the matrix work: {remedy}'
         )
 
 
 def world_size() -> int:
-    """Ranks that there are."""
+    """Number of ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     return int(dist.get_world_size())
 
 
 def balance(costs: Sequence[float], parts: int) -> List[List[int]]:
-    """Cut jobs into parts of about the same cost: the dearest first.
+    """Cut jobs into parts of about the same cost: the costliest first.
 
     Args:
         costs: Of every job.
-        parts: How many.
+        parts: Number of parts.
 
     Returns:
-        Indices of jobs, in rising order, by part.
+        Indices of jobs, in ascending order, by part.
     """
     load = [0.0] * parts
     jobs: List[List[int]] = [[] for _ in range(parts)]

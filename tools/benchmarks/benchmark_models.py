@@ -23,7 +23,7 @@ def build_model(config: str, **changes: Any) -> Tuple[BaseModel, Config]:
         changes: Merged into ``cfg.model``.
     """
     init_default_scope('mmdet')
-    # it would report every single weight
+    # otherwise it reports every weight
     MMLogger.get_current_instance().setLevel('WARNING')
     cfg = get_config(config)
     cfg.merge_from_dict(dict(model=changes))
@@ -45,10 +45,10 @@ def _drop_pretrained(cfg: Any) -> None:
 
 
 def build_detector(proposals: int) -> BaseModel:
-    """Faster R-CNN R50-FPN whose heads look at ``proposals`` boxes each.
+    """Faster R-CNN R50-FPN with ``proposals`` boxes for each head.
 
-    Fewer than the config's 1000 and 512, to suit small images; the parameters
-    stay the same.
+    The config has 1000 and 512; fewer suit small images. The parameters stay
+    the same.
     """
     torch.manual_seed(0)
     model, _ = build_model(
@@ -58,8 +58,8 @@ def build_detector(proposals: int) -> BaseModel:
             rcnn=dict(sampler=dict(num=proposals)),
         ),
     )
-    # scaled so that activations, which the frozen statistics of BN do not
-    # normalise, stay finite through all blocks
+    # frozen statistics of BN do not normalise the activations: scaled weights
+    # keep them finite through all blocks
     model.init_weights()
     return model.train()
 

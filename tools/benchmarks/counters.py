@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-#: Collectives of torch.distributed: where their input stands, and its name.
+#: Collectives of torch.distributed: position of their input, and its name.
 COLLECTIVES: Dict[str, Tuple[int, str]] = dict(
     all_reduce=(0, 'tensor'),
     broadcast=(0, 'tensor'),
@@ -28,7 +28,7 @@ COLLECTIVES: Dict[str, Tuple[int, str]] = dict(
 )
 #: The function of torch.autograd that enters the C++ engine.
 ENGINE = '_engine_run_backward'
-#: Methods by which the host gets to know what is in a tensor.
+#: Methods that copy the content of a tensor to the host.
 READS = (
     'cpu',
     'item',
@@ -48,7 +48,7 @@ class CollectiveBytes:
 
     A context manager that wraps the functions of ``torch.distributed``. It
     does not see the reducer of DistributedDataParallel, which calls them from
-    C++ unless a communication hook takes its place; :class:`Profile` does.
+    C++ unless a communication hook replaces it. :class:`Profile` does.
 
     Attributes:
         calls (list): Name of the collective, elements and bytes of its input.
@@ -101,11 +101,11 @@ class CollectiveBytes:
 class HostReads(TorchFunctionMode):
     """Counts reads that on an accelerator are device-to-host transfers.
 
-    On a CPU nothing is transferred, so it keeps account of where each tensor
-    would be: one made from others is on the device unless all of them are on
-    the host; one made from nothing is on the host unless a device was named;
-    ``cpu()`` brings one to the host. Every reading method counts whose tensor
-    is on the device. Tensors from before the context are on the device.
+    On a CPU nothing is transferred, so it tracks where each tensor would be.
+    A tensor made from others is on the device, unless all of them are on the
+    host. One made from nothing is on the host, unless a device was named.
+    ``cpu()`` copies one to the host. A read counts if its tensor is on the
+    device. Tensors from before the context are on the device.
 
     Attributes:
         reads (list): Name of the method, for each transfer.
@@ -114,13 +114,13 @@ class HostReads(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.reads: List[str] = []
-        # the tensors are kept, lest another gets the id of one that is gone
+        # keeps the tensors, so that no other gets the id of a freed one
         self._host: Dict[int, Tensor] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Call ``func`` and return where its result would be."""
+        """Call ``func`` and track where its result would be."""
         kwargs = kwargs or {}
         name = getattr(func, '__name__', '')
         given = [t for t in tree_leaves((args, kwargs)) if _is_tensor(t)]
@@ -137,7 +137,7 @@ class HostReads(TorchFunctionMode):
                 return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if to_host and any(result is tensor for tensor in given):
-            result = result.clone()  # on a CPU it is the very same tensor
+            result = result.clone()  # on a CPU it is the same tensor
         if to_host or (not device and (given or kwargs.get('device') is None)):
             self._host.update(
                 (id(t), t) for t in tree_leaves(result) if _is_tensor(t)
@@ -145,7 +145,7 @@ class HostReads(TorchFunctionMode):
         return result
 
     def _watching_engine(self) -> Callable[..., Any]:
-        # hooks run inside of a function, where a mode is off by itself
+        # hooks run inside of a function, where torch switches the mode off
         engine = getattr(torch.autograd, ENGINE)
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -160,12 +160,12 @@ def _is_tensor(value: Any) -> bool:
 
 
 class Profile:
-    """What torch's profiler sees of an update, reducer of DDP included.
+    """What torch's profiler sees of an update, including DDP's reducer.
 
     Attributes:
         elements (int): Handed to collectives of gloo or NCCL.
-        peak_bytes (int): Most memory allocated at any moment, over what was
-            when the context was entered.
+        peak_bytes (int): Peak of allocated memory, above that at the start
+            of the context.
         device_to_host (int): Memory copies from a CUDA device; 0 on a CPU.
     """
 

@@ -1,10 +1,10 @@
 """Compares the errors of AGVM's two estimators of the gradient variance phi.
 
-Records gradients of the quickstart detector at one weight vector, each of a
-batch of its own. Many times W of them are drawn to play the ranks of an update
-and phi is estimated from those: by `split`, one half against the other, and by
-`pairs`, all against all. Both are compared with the phi that all recorded
-gradients together tell.
+Records gradients of the quickstart detector at one weight vector, each of its
+own batch. Many times, W of them are drawn to stand for the ranks of an update.
+phi is estimated from those: by `split`, one half against the other, and by
+`pairs`, all against all. Both are compared with phi from all recorded
+gradients.
 """
 
 import argparse
@@ -30,20 +30,19 @@ STYLES: Dict[str, Dict[str, Any]] = dict(
     pairs=dict(color='#0072B2', marker='o'),
 )
 CAVEAT = (
-    'Truth is what all N recorded gradients tell by unbiased estimates, '
-    'itself uncertain as N is finite. Over all draws, the mean of the inner '
-    'products that both estimators are made of is exactly that truth. Ranks '
-    'are drawn without replacement, so draws share gradients and the spread '
-    'between them is too small, by a factor from sqrt(1 - W/N) to 1; for the '
-    'verdict only the spread of `pairs` is divided by sqrt(1 - W/N), to its '
-    'disadvantage.'
+    'Truth is the unbiased estimate from all N recorded gradients, itself '
+    'uncertain as N is finite. Both estimators are made of inner products, '
+    'whose mean over all draws is exactly that truth. Ranks are drawn '
+    'without replacement, so draws share gradients. The spread between them '
+    'is too small, by a factor from sqrt(1 - W/N) to 1. For the verdict only '
+    'the spread of `pairs` is divided by sqrt(1 - W/N), to its disadvantage.'
 )
 
 
 def gram(gradients: Tensor, chunk: int = 65536) -> Tensor:
     """All inner products of (N, d) gradients, (N, N) in float64.
 
-    Norms of any sum of them follow from these, so that a draw costs nothing.
+    Norms of any sum of them follow from these, so that draws are cheap.
     """
     products = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
     for part in gradients.split(chunk, dim=1):
@@ -105,7 +104,7 @@ def compare(
                     ]
                 )
                 row[estimator] = _errors(phi, row['phi'])
-            # nothing is known of the factor but its bounds, see CAVEAT
+            # only the bounds of the factor are known, see CAVEAT
             inflation = (1 - ranks / n) ** -0.5
             pairs = row['pairs']
             row['pairs_error_at_worst'] = (
@@ -130,7 +129,7 @@ def _errors(phi: Tensor, true: float) -> Dict[str, float]:
 
 
 def verdict(rows: List[Dict[str, Any]]) -> str:
-    """Whether pairs errs less wherever it is not the same as split."""
+    """Whether pairs has the smaller error wherever it differs from split."""
     rows = [row for row in rows if row['ranks'] > 2]
     lost = [
         f'{row["module"]} at {row["ranks"]} ranks'
@@ -273,17 +272,17 @@ def parse_args() -> argparse.Namespace:
         '--checkpoint',
         type=Path,
         help='of the quickstart (default: work_dirs/quickstart/epoch_4.pth '
-        'if that exists, or else a short training from random weights)',
+        'if it exists, else a short training from random weights)',
     )
     parser.add_argument(
         '--warmup',
         type=int,
-        help='train for so many updates instead of loading a checkpoint',
+        help='number of updates to train, instead of loading a checkpoint',
     )
     parser.add_argument('--data', type=Path, default=Path('data/digits'))
     parser.add_argument('--samples', type=int, default=320)
     parser.add_argument(
-        '--images', type=int, default=8, help='in the batch of a sample'
+        '--images', type=int, default=8, help='images of each batch'
     )
     parser.add_argument(
         '--ranks', type=int, nargs='+', default=[2, 4, 8, 16, 32, 64]
@@ -292,7 +291,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--recorded',
         type=Path,
-        help='use the inner products of an earlier run, gram.pth in --out',
+        help='use the inner products of an earlier run, its gram.pth',
     )
     parser.add_argument(
         '--out', type=Path, default=Path('work_dirs/benchmarks')
@@ -303,14 +302,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--markdown',
         type=Path,
-        help='file whose comments "estimator_error" get the table between '
-        'them',
+        help='file to write the table into, between its comments '
+        '"estimator_error"',
     )
     return parser.parse_args()
 
 
 def record_products(args: argparse.Namespace) -> Dict[str, Any]:
-    """Record gradients; what the analysis needs of them."""
+    """Record gradients, and return what the analysis needs of them."""
     from benchmarks.record_gradients import (
         CONFIG,
         build,
@@ -344,8 +343,8 @@ def main() -> None:
     samples = len(next(iter(recorded['products'].values())))
     if max(args.ranks) > samples // 2:
         raise SystemExit(
-            f'{max(args.ranks)} ranks need {2 * max(args.ranks)} samples or '
-            f'more, and there are {samples}: set --samples'
+            f'--ranks {max(args.ranks)} needs {2 * max(args.ranks)} samples '
+            f'or more, but there are {samples}: set --samples'
         )
     rows = compare(recorded['products'], args.ranks, args.draws)
     results = dict(

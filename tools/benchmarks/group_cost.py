@@ -1,4 +1,4 @@
-"""Time of the optimizer step itself: merged groups against one a parameter."""
+"""Time of the optimizer step: merged groups, or one for each parameter."""
 
 import time
 from typing import Any, Dict, List
@@ -23,7 +23,7 @@ AGVM = dict(type='AGVMOptimWrapper', constructor='AGVMOptimWrapperConstructor')
 def wrappers_of(
     model: nn.Module, cfg: Dict[str, Any], foreach: Any
 ) -> Dict[str, OptimWrapper]:
-    """Both wrappers, over the same parameters, without clipping."""
+    """Plain and AGVM wrappers of the same parameters, without clipping."""
     optimizer = dict(cfg['optimizer'], foreach=foreach)
     cfg = dict(cfg, clip_grad=None, optimizer=optimizer)
     return dict(
@@ -37,7 +37,7 @@ def time_steps(
 ) -> Dict[str, List[float]]:
     """Seconds of each ``optimizer.step()``, the wrappers taking turns."""
     seconds: Dict[str, List[float]] = {name: [] for name in wrappers}
-    for repetition in range(-2, repetitions):  # two to make the state
+    for repetition in range(-2, repetitions):  # two to create the state
         order = list(wrappers)
         if repetition % 2:
             order.reverse()

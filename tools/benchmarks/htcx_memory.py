@@ -1,8 +1,8 @@
-"""Counts HTC-X with UniNet-G, and runs its full width with few blocks.
+"""Counts parameters of HTC-X with UniNet-G, and runs it with few blocks.
 
 The whole detector is built on torch's meta device. One forward and backward
-pass of all of its parts, as wide as they are but with stages of three blocks,
-runs on this machine, with torch's account of the memory.
+pass of all of its parts, at full width but with stages of three blocks, runs
+on this machine, and torch's profiler counts its memory.
 """
 
 import argparse
@@ -35,7 +35,9 @@ BYTES = 16
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--depth', type=int, default=3, help='of a stage')
+    parser.add_argument(
+        '--depth', type=int, default=3, help='most blocks of a stage'
+    )
     parser.add_argument('--image-size', type=int, default=512)
     parser.add_argument(
         '--markdown', type=Path, help='page to write the table into'
@@ -107,7 +109,7 @@ def main() -> None:
     count = sum(parameters(model).values())
     text = table(['module', 'parameters', 'fp32, AdamW'], rows)
     text += (
-        f'\n\nAs wide, with at most {args.depth} blocks in a stage '
+        f'\n\nAt full width, with at most {args.depth} blocks in a stage '
         f'({count / 1e6:.1f} M parameters), a forward and backward pass of an '
         f'image of {args.image_size} x {args.image_size} takes '
         f'{seconds:.1f} s on {torch.get_num_threads()} CPU threads, and '

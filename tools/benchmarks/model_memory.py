@@ -1,7 +1,7 @@
-"""What known models need: weights and states, and the activations of an image.
+"""Memory of known models: weights and states, and activations of an image.
 
-Nothing is computed: models are moved to torch's meta device, and what autograd
-keeps for the backward pass of backbone and neck is added up.
+Nothing is computed. Models are on torch's meta device, and the sum is of what
+autograd keeps for the backward pass of backbone and neck.
 """
 
 import argparse
@@ -33,9 +33,7 @@ IMAGE = (800, 1344)
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument(
-        '--gpus', type=int, default=8, help='that shards are cut for'
-    )
+    parser.add_argument('--gpus', type=int, default=8, help='number of shards')
     parser.add_argument(
         '--markdown', type=Path, help='page to write the table into'
     )

@@ -1,9 +1,9 @@
 """Measures what optimizers cost on mmdet's real models.
 
-Time of the first step, of a usual one and, for SOAP, of one that renews its
-bases; bytes of state; and the share of an update, whose forward and backward
-pass of one image is timed beside. Gradients of the steps are random. With
-several ranks the matrix work of SOAP and Muon is shared.
+Measures the time of the first step, of a usual one and, for SOAP, of one that
+renews its bases. Also measures bytes of state, and the share of an update with
+a forward and backward pass of one image. Gradients of the steps are random.
+With several ranks the matrix work of SOAP and Muon is shared.
 """
 
 import argparse
@@ -37,7 +37,7 @@ MODELS = {
         'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py'
     ),
 }
-#: Every second step of SOAP's renews its bases here.
+#: Every second step of SOAP renews its bases here.
 RENEWAL = 2
 OPTIMIZER_CONFIGS: Dict[str, Dict[str, Any]] = dict(
     SGD=dict(type='SGD', momentum=0.9),
@@ -45,7 +45,7 @@ OPTIMIZER_CONFIGS: Dict[str, Dict[str, Any]] = dict(
     SOAP=dict(type='SOAP', precondition_frequency=RENEWAL),
     Muon=dict(type='Muon'),
 )
-#: How often bases are renewed where costs are averaged.
+#: Steps between two renewals of bases, for the average cost.
 FREQUENCY = 5
 
 
@@ -124,7 +124,7 @@ def time_steps(
 def time_passes(model: BaseModel, shape: List[int], repetitions: int) -> float:
     """Seconds of forward and backward of one image with three objects."""
     seconds = []
-    # what pads to a fixed size takes no larger images
+    # models that pad to a fixed size take no larger images
     largest = [
         augment.size
         for augment in model.data_preprocessor.batch_augments or ()
@@ -152,7 +152,7 @@ def time_passes(model: BaseModel, shape: List[int], repetitions: int) -> float:
 def run_rank(
     rank: int, ranks: int, folder: str, settings: Dict[str, Any]
 ) -> None:
-    """Everything of one rank; rank 0 leaves what it found in ``folder``."""
+    """The work of one rank; rank 0 writes its results into ``folder``."""
     cuda = torch.cuda.is_available()
     device = torch.device('cuda', rank) if cuda else torch.device('cpu')
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))

@@ -1,12 +1,12 @@
 """Compares the times that plan_run predicts with those of ranks on this CPU.
 
-Calibrated are the time of a Faster R-CNN's update on one rank, and the
-bandwidth and latency of an all-reduce of plain tensors between two; predicted
-are updates on more ranks, plain and measured by AGVM. Ranks are processes that
-meet over gloo, with a thread each. More ranks than cores share these:
-computing and sending then take as many times longer, which is a model, too.
-Of all times the shortest counts, which other programs have disturbed least;
-medians are shown next to it.
+The time of a Faster R-CNN's update on one rank is calibrated, and so are the
+bandwidth and latency of an all-reduce of plain tensors between two ranks.
+Updates on more ranks are predicted, plain and measured by AGVM. Ranks are
+processes over gloo, with one thread each. If there are more ranks than cores,
+computing and sending are assumed to take as many times longer. The shortest
+of all times counts, as other programs have disturbed it least. Medians are
+shown next to it.
 """
 
 import argparse
@@ -43,7 +43,7 @@ REDUCTIONS = 9
 def run_rank(
     rank: int, world_size: int, folder: str, settings: Dict[str, Any]
 ) -> None:
-    """Everything of one rank; leaves ``rank.pth`` in ``folder``."""
+    """The work of one rank; writes ``rank.pth`` into ``folder``."""
     torch.set_num_threads(1)
     dist.init_process_group(
         'gloo',
@@ -115,7 +115,7 @@ def time_updates(
 
 
 def launch(world_size: int, settings: Dict[str, Any]) -> Dict[str, Any]:
-    """Run the ranks; of each time that of the slowest counts."""
+    """Run the ranks; each time is that of the slowest one."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(run_rank, (world_size, folder, settings), nprocs=world_size)
         ranks = [
@@ -134,9 +134,9 @@ def launch(world_size: int, settings: Dict[str, Any]) -> Dict[str, Any]:
 def fit_cluster(
     compute: Sequence[float], reductions: Dict[int, List[float]]
 ) -> Cluster:
-    """Results of one rank's updates and two ranks' all-reduces.
+    """A cluster from one rank's updates and two ranks' all-reduces.
 
-    A small all-reduce is all latency, a large one has it too.
+    The time of a small all-reduce is latency, which a large one has too.
     """
     small, large = (min(reductions[size]) for size in SIZES)
     # between two ranks a ring has 2 steps and sends V
@@ -200,8 +200,8 @@ def report(results: Dict[str, Any]) -> str:
     return (
         f'{host["cpu"]}, {results["cores"]} cores; '
         + ', '.join(f'{k} {v}' for k, v in results['versions'].items())
-        + f'; {results["settings"]["repetitions"]} repetitions. Programs that '
-        'wanted to run on the machine just before: '
+        + f'; {results["settings"]["repetitions"]} repetitions. Load average '
+        'of the machine just before: '
         f'{results["load_before"]:.1f}. Calibrated: '
         f'{cluster["compute"] * 1e3:.0f} ms an update on one rank, '
         f'{cluster["bandwidth"] * 8e-9:.2f} Gbit/s, '
@@ -234,7 +234,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--markdown',
         type=Path,
-        help='file whose comments "plan_accuracy" get the table between them',
+        help='file to write the table into, between its comments '
+        '"plan_accuracy"',
     )
     return parser.parse_args()
 

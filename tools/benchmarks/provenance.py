@@ -1,4 +1,4 @@
-"""What the figures of a benchmark depend on."""
+"""The machine and the versions that a benchmark ran with."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmagvm', 'numpy')
 
 
 def machine() -> Dict[str, Any]:
-    """What the figures depend on and cannot be chosen."""
+    """The hardware and system."""
     cpu = platform.processor()
     if Path('/proc/cpuinfo').exists():
         for line in Path('/proc/cpuinfo').read_text().splitlines():
@@ -34,7 +34,7 @@ def machine() -> Dict[str, Any]:
 
 
 def versions() -> Dict[str, str]:
-    """Of everything that takes part, and the commit if there is one."""
+    """Versions of the packages, and the commit if there is one."""
     found = dict(python=platform.python_version())
     for name in PACKAGES:
         try:

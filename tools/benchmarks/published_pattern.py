@@ -1,9 +1,9 @@
 """The published code's communication, as a baseline to compare with.
 
-Written from its description alone: DistributedDataParallel is not used, every
-parameter's gradient is averaged by an all-reduce of its own once backward is
-over, and on measured updates each half of the ranks sums its gradients in the
-same manner, after which one rank of each half gathers the other's.
+Written from its description alone. It does not use DistributedDataParallel:
+after the backward pass, an all-reduce for each parameter averages its
+gradient. On measured updates, each half of the ranks sums its gradients in the
+same way. Then one rank of each half gathers those of the other half.
 """
 
 from typing import Any, Dict, List, Sequence
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 class PublishedPattern(OptimWrapper):
     """Plain training with the collectives of the published code.
 
-    It communicates and compares the halves, which is what costs; it does not
+    It communicates and compares the halves, which takes the time. It does not
     modulate, so that all variants of a benchmark train alike.
 
     Args:
@@ -26,7 +26,7 @@ class PublishedPattern(OptimWrapper):
         kwargs: Of :class:`mmengine.optim.OptimWrapper`.
 
     Raises:
-        ValueError: The number of ranks is odd, so that there are no halves.
+        ValueError: The number of ranks is odd.
 
     Attributes:
         variance (dict): 1 - cos(G1, G2) by module, as last measured.
@@ -53,7 +53,7 @@ class PublishedPattern(OptimWrapper):
         halves = [ranks[:middle], ranks[middle:]]
         groups = [dist.new_group(half) for half in halves]
         self._half = groups[dist.get_rank() >= middle]
-        #: the first rank of each half, which compare them for all others
+        #: the first rank of each half; these compare the halves
         self._leaders = [half[0] for half in halves]
         self._leader_group = dist.new_group(self._leaders)
 

@@ -17,7 +17,7 @@ from benchmarks.published_pattern import PublishedPattern, modules_of
 from mmagvm.core.modules import find_modules
 
 #: Variants in the order of the tables. The second plain one is the control:
-#: whatever it differs from the first is noise.
+#: its difference to the first is noise.
 PLAIN, CONTROL, PUBLISHED = 'plain', 'plain again', 'published pattern'
 ESTIMATORS = ('split', 'pairs')
 VARIANTS = (PLAIN, CONTROL, *ESTIMATORS, PUBLISHED)
@@ -33,7 +33,7 @@ class Variant:
 
     Args:
         name: One of VARIANTS.
-        make_model: Gives a new model, the same at each call.
+        make_model: Builds a new model, equal at each call.
         accumulation: Micro-batches in an update.
         device: Where the model is.
     """
@@ -100,13 +100,16 @@ def update(
     seed: int,
     watch_step: Optional[HostReads] = None,
 ) -> Tuple[float, float]:
-    """One update; seconds of all of it, and of what comes after forward.
+    """One update.
 
     Args:
-        variant: Whose update.
+        variant: The variant to update.
         data: Of each micro-batch.
         seed: Of the samplers of boxes, so that all variants draw the same.
         watch_step: Entered for all but the forward pass.
+
+    Returns:
+        Seconds of the whole update, and of its part after the forward pass.
     """
     torch.manual_seed(seed)
     dist.barrier()
@@ -164,7 +167,7 @@ def profile_update(
 def run_rank(
     rank: int, world_size: int, folder: str, settings: Dict[str, Any]
 ) -> None:
-    """Everything of one rank; leaves ``rank.pth`` in ``folder``."""
+    """The work of one rank; writes ``rank.pth`` into ``folder``."""
     cuda = settings['device'] == 'cuda'
     device = torch.device('cuda', rank) if cuda else torch.device('cpu')
     torch.set_num_threads(settings['threads'])
@@ -212,9 +215,9 @@ def measure(
         v.name: {kind: {} for kind in KINDS} for v in variants
     }
     number = 0
-    # DDP arranges its buckets anew after the first backward pass
+    # DDP rebuilds its buckets after the first backward pass
     for stage in ('warm-up', 'counting', 'profiling'):
-        _tell(rank, f'{stage} of {len(variants)} variants')
+        _report(rank, f'{stage} of {len(variants)} variants')
         for kind in KINDS:
             for variant in variants:
                 into = counts[variant.name][kind]
@@ -241,7 +244,7 @@ def measure(
                     update(variant, batch(number), number)
                 )
             number += 1
-        _tell(
+        _report(
             rank,
             f'repetition {repetition + 1} of {settings["repetitions"]}: '
             f'{time.perf_counter() - started:.1f} s',
@@ -264,6 +267,6 @@ def _turn(variants: List[Variant], number: int) -> List[Variant]:
     return [variants[i] for i in order]
 
 
-def _tell(rank: int, message: str) -> None:
+def _report(rank: int, message: str) -> None:
     if rank == 0:
         print(f'{dist.get_world_size()} ranks: {message}', flush=True)

@@ -110,7 +110,8 @@ def record(
     if samples * images > len(dataset):
         raise SystemExit(
             f'{samples} samples of {images} images need {samples * images} '
-            f'images, and the data set has {len(dataset)}'
+            f'images, but the data set has {len(dataset)}: set --samples or '
+            '--images to less'
         )
     params: Dict[str, List[Tensor]] = {
         name: [

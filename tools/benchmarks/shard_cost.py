@@ -1,9 +1,9 @@
 """Measures memory and time of data-parallel and of sharded training.
 
-A real Cascade R-CNN X101 of mmdet, of 127 million parameters, trains with
-AdamW on small random images: on 1, 2 and 4 ranks, data-parallel and in shards
-(FullyShardStrategy's units), without AGVM and with it, in updates that it
-measures and that it does not.
+mmdet's Cascade R-CNN X101, with 127 million parameters, trains with AdamW on
+small random images. It trains on 1, 2 and 4 ranks, data-parallel and in shards
+(FullyShardStrategy's units), without AGVM and with it. With AGVM, measured and
+unmeasured updates are timed.
 """
 
 import argparse
@@ -37,7 +37,7 @@ MODEL = 'mmdet::cascade_rcnn/cascade-rcnn_x101-64x4d_fpn_1x_coco.py'
 WAYS = ('data-parallel', 'in shards')
 KINDS = ('plain', 'not measured', 'measured')
 FLOAT = 4
-#: Boxes that the heads look at, to suit small images.
+#: Boxes for the heads, few to suit small images.
 PROPOSALS = 32
 
 
@@ -92,7 +92,7 @@ class Training:
         self.number = 0
 
     def measure_every_second(self) -> None:
-        """From now on."""
+        """Switch AGVM on, from now on."""
         self.agvm = AGVM(
             self.optimizer,
             self.wrapped,
@@ -183,7 +183,7 @@ def measure(training: Training, repetitions: int) -> Dict[str, Any]:
 def run_rank(
     rank: int, ranks: int, folder: str, way: str, settings: Dict[str, Any]
 ) -> None:
-    """Everything of one rank; rank 0 leaves what it found in ``folder``."""
+    """The work of one rank; rank 0 writes its results into ``folder``."""
     cuda = torch.cuda.is_available()
     device = torch.device('cuda', rank) if cuda else torch.device('cpu')
     torch.set_num_threads(1)

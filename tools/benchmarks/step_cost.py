@@ -1,9 +1,9 @@
 """Measures what AGVM adds to an update, against plain MMEngine and others.
 
-The real Faster R-CNN R50-FPN of mmdet trains on small random images, with
-several data-parallel ranks on this machine. In every repetition each variant
-makes one update that AGVM measures and one that it does not, in random order;
-ratios are taken within a repetition.
+mmdet's Faster R-CNN R50-FPN trains on small random images, with several
+data-parallel ranks on this machine. In every repetition each variant makes one
+update that AGVM measures and one that it does not, in random order. Ratios are
+taken within a repetition.
 """
 
 import argparse
@@ -32,34 +32,34 @@ from mmagvm.analysis.markdown import fill, quartiles, size, table
 from mmagvm.analysis.statistics import ratio_summary, summary
 from mmagvm.strict_json import to_json
 
-#: Ratios this close to 1 count as 1, if all of their 95 % interval is.
+#: A ratio counts as 1 if its whole 95 % interval is this close to 1.
 EQUAL = 0.02
 #: Intervals between measurements that costs are averaged over.
 TAUS = (10, 5)
 FLOAT = 4
 HOW_COUNTED = dict(
     seconds='wall time of a whole update (data preprocessor, forward, '
-    'backward, reduction, step) of the slowest rank; after_forward is its '
-    'part from backward on; the barrier before is not in it',
+    'backward, reduction, step) of the slowest rank, without the barrier '
+    'before it; after_forward is its part from backward on',
     ratio='within each repetition, against the plain update of that '
     'repetition and kind; then the median of those',
     bytes='inputs of collectives on rank 0: counted by wrapping the '
-    'functions of torch.distributed (wrapped_bytes), plus 4 for every element '
-    'that the profiler sees gloo or NCCL take beyond those '
-    '(profiled_elements), which the C++ reducer of DistributedDataParallel '
-    'hands over where no hook of Python takes its place',
-    peak_bytes='most memory allocated by torch at any moment of an update '
-    "over what was before it, on rank 0: on a CPU from the profiler's record "
-    'of every allocation, on CUDA from max_memory_allocated; buffers inside '
-    'gloo are not in it',
+    'functions of torch.distributed (wrapped_bytes), plus 4 for every other '
+    'element that the profiler sees gloo or NCCL take (profiled_elements); '
+    'those are from the C++ reducer of DistributedDataParallel, where no '
+    'Python hook replaces it',
+    peak_bytes="peak of torch's allocated memory during an update, above that "
+    "before it, on rank 0: on a CPU from the profiler's record of every "
+    'allocation, on CUDA from max_memory_allocated; without buffers inside '
+    'gloo',
     transfers='on CUDA, DtoH copies that the profiler sees in the whole '
-    'update; on a CPU, where nothing is transferred, the reads from backward '
-    'on that would be transfers, see HostReads',
+    'update; on a CPU, where nothing is transferred, reads from backward on '
+    'that would be transfers on CUDA, see HostReads',
 )
 
 
 def launch(world_size: int, settings: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """Run the ranks and return what each of them found."""
+    """Run the ranks and return the results of each."""
     cores = os.cpu_count() or 1
     settings = dict(settings, threads=max(1, cores // world_size))
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +71,7 @@ def launch(world_size: int, settings: Dict[str, Any]) -> List[Dict[str, Any]]:
 
 
 def summarise(ranks: List[Dict[str, Any]]) -> Dict[str, Any]:
-    """Statistics of every variant from what the ranks found."""
+    """Statistics of every variant from the results of the ranks."""
     first = ranks[0]
     # (repetitions, 2) for each variant and kind: the slowest rank decides
     times = {
@@ -146,15 +146,14 @@ def _amortised(
 
 
 def compare_with(stats: Dict[str, float], limit: float, most: bool) -> str:
-    """Whether a time keeps a limit: ``yes``, ``NO`` or ``undecided``.
+    """Whether a ratio keeps a limit: ``yes``, ``NO`` or ``undecided``.
 
-    Undecided if the limit lies inside the 95 % interval of the median, so
-    that noise proves nothing and disproves nothing.
+    It is undecided if the limit lies inside the 95 % interval of the median.
 
     Args:
         stats: Of the ratio.
         limit: The limit.
-        most: Whether it is an upper one.
+        most: Whether it is an upper limit.
     """
     low, high = stats['low95'], stats['high95']
     if not most:
@@ -274,8 +273,8 @@ def tables(results: Dict[str, Any]) -> str:
         + f'; {settings["repetitions"]} repetitions, images of '
         f'{settings["image_size"]} x {settings["image_size"]}, '
         f'{settings["proposals"]} boxes, '
-        f'{settings["accumulation"]} micro-batch(es) an update. Programs '
-        f'that wanted to run on the machine just before: '
+        f'{settings["accumulation"]} micro-batch(es) per update. Load '
+        'average of the machine just before: '
         f'{results["load_before"]:.1f}. '
         'Medians with quartiles; in the claims, with the 95 % interval of '
         'the median.'
@@ -396,8 +395,8 @@ def parse_args() -> argparse.Namespace:
         type=int,
         nargs='*',
         default=[2, 4],
-        help='numbers of ranks on the CPU (default: 2 4); with GPUs there is '
-        'one for each GPU',
+        help='numbers of ranks on the CPU (default: 2 4); with GPUs one rank '
+        'for each GPU',
     )
     parser.add_argument('--repetitions', type=int, default=10)
     parser.add_argument('--image-size', type=int, default=64)
@@ -405,7 +404,7 @@ def parse_args() -> argparse.Namespace:
         '--proposals',
         type=int,
         default=64,
-        help='boxes that the heads look at (default: 64)',
+        help='boxes for each head (default: 64)',
     )
     parser.add_argument(
         '--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS)
@@ -414,7 +413,7 @@ def parse_args() -> argparse.Namespace:
         '--step-repetitions',
         type=int,
         default=30,
-        help='of the optimizer step; 0 leaves it out (default: 30)',
+        help='repetitions of the optimizer step; 0 skips it (default: 30)',
     )
     parser.add_argument('--device', choices=['cpu', 'cuda'])
     parser.add_argument(
@@ -423,7 +422,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--markdown',
         type=Path,
-        help='file whose comments "step_cost" get the tables between them',
+        help='file to write the tables into, between its comments "step_cost"',
     )
     parser.add_argument(
         '--from-json', type=Path, help='show these results, measure nothing'
@@ -458,7 +457,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         image_size=args.image_size,
         proposals=args.proposals,
         variants=variants,
-        # one rank has nothing to compare but micro-batches
+        # on one rank AGVM compares micro-batches
         accumulation=2 if world_sizes == [1] else 1,
     )
     results: Dict[str, Any] = dict(
@@ -480,7 +479,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         results['ranks'][str(world_size)] = summarise(
             launch(world_size, dict(settings, variants=possible))
         )
-        save(results, args.out)  # what is done, should the rest be stopped
+        save(results, args.out)  # in case a later measurement is stopped
     if args.step_repetitions:
         from benchmarks.group_cost import measure_groups
 

@@ -1,7 +1,7 @@
 """What follows from the recipes' numbers: configs, metafiles, README tables.
 
-``tools/misc/write_configs.py`` writes it. Bases, in the folders' ``_base_``,
-and all other text of the READMEs are written by hand.
+``tools/misc/write_configs.py`` writes them. The bases in the folders'
+``_base_``, and all other text of the READMEs, are written by hand.
 """
 
 from pathlib import Path
@@ -20,10 +20,10 @@ __all__ = ['left_over', 'texts']
 
 
 def texts(root: Path) -> Dict[Path, str]:
-    """What each file should say, by its path.
+    """The text of each file, by its path.
 
     Args:
-        root: Of the project, where READMEs have text around their tables.
+        root: Of the project, for the READMEs' text around their tables.
     """
     result = {root / config.path: config.write(config) for config in CONFIGS}
     result[root / 'model-index.yml'] = model_index()
@@ -39,7 +39,7 @@ def texts(root: Path) -> Dict[Path, str]:
 
 
 def left_over(root: Path) -> List[Path]:
-    """Config files of the recipes' folders that no recipe has."""
+    """Config files in the recipes' folders that belong to no recipe."""
     paths = {root / config.path for config in CONFIGS}
     return [
         path

@@ -13,11 +13,11 @@ class ConfigFile:
     Args:
         folder: Of ``configs/``.
         recipe_name: Of ``RECIPES``.
-        model: How the file's name begins.
-        tag: What the name says between images and length.
+        model: Beginning of the file's name.
+        tag: Part of the name between images and length.
         batch_size: Images of an update.
-        write: Gives the file's text.
-        note: Where its numbers are from, for its comment.
+        write: Returns the file's text.
+        note: Source of its numbers, for its comment.
         images: Per GPU.
         bn_size: Images that share batch-norm statistics in MegDet.
     """
@@ -58,12 +58,12 @@ class ConfigFile:
         return 'ADE20K' if self.recipe.epochs is None else 'COCO'
 
     def beside(self, tag: str) -> str:
-        """The name of the config that differs in its tag."""
+        """The name of the config that differs in its tag only."""
         return replace(self, tag=tag).name
 
     @property
     def recipe(self) -> Recipe:
-        """Where the numbers below are from."""
+        """The source of the numbers below."""
         return RECIPES[self.recipe_name]
 
     @property

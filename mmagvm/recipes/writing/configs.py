@@ -54,7 +54,7 @@ def _pair(
     tag: str = '',
     write: Write = templates.plain,
 ) -> Iterator[ConfigFile]:
-    """The same without and with AGVM."""
+    """Configs without and with AGVM."""
     yield from _each(sizes, recipe, model, tag, write, note)
     agvm = f'agvm-{tag}' if tag else 'agvm'
     yield from _each(sizes, recipe, model, agvm, templates.agvm)
@@ -84,7 +84,7 @@ def _paper() -> Iterator[ConfigFile]:
 
 
 def _optimizers() -> Iterator[ConfigFile]:
-    """Configs with optimizers of other sources, on those above."""
+    """Configs with optimizers of other sources, based on those above."""
     lamb = 'faster_rcnn/lamb'
     yield from _each(NOTE, lamb, FASTER, 'lamb', templates.lamb)
     yield from _each(NOTE, lamb, FASTER, 'pmd-lamb', templates.pmd_lamb)
@@ -92,7 +92,7 @@ def _optimizers() -> Iterator[ConfigFile]:
 
 
 def _soap() -> Iterator[ConfigFile]:
-    """This project's own, on those above."""
+    """This project's own configs with SOAP, based on those above."""
     on_sgd = templates.soap_on_sgd
     for folder, model, write, note in (
         ('faster_rcnn', FASTER, templates.soap, ''),
@@ -142,7 +142,7 @@ def _megdet() -> Iterator[ConfigFile]:
 
 
 def _ablations() -> Iterator[ConfigFile]:
-    """Configs that are measured, each step on the one before."""
+    """Configs that only measure, each based on the one before."""
     for recipe, model in (
         ('faster_rcnn', 'faster-rcnn_r50'),
         ('retinanet', 'retinanet_r50'),
@@ -157,7 +157,7 @@ def _ablations() -> Iterator[ConfigFile]:
         yield from step(model, head, templates.fixed_head)
 
 
-#: By path, as they are listed everywhere.
+#: All, sorted by path.
 CONFIGS = tuple(
     sorted(
         (

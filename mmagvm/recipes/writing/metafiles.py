@@ -1,4 +1,4 @@
-"""The text of the metafiles, by which `mim` and others find configs."""
+"""The text of the metafiles, with which `mim` and others find configs."""
 
 from typing import Dict, Iterable, NamedTuple
 
@@ -6,7 +6,7 @@ from mmagvm.recipes.writing.config_file import ConfigFile
 
 
 class Paper(NamedTuple):
-    """Where recipes are from."""
+    """The source of recipes."""
 
     title: str
     url: str
@@ -62,7 +62,7 @@ def _model(collection: Collection, config: ConfigFile) -> str:
     length = f'Epochs: {config.recipe.epochs}'
     if config.recipe.epochs is None:
         length = f'Iterations: {config.iterations}'
-    # no results: they are listed when a log backs them
+    # results are listed once there is a log of them
     return f"""\
   - Name: {config.name}
     In Collection: '{collection.name}'

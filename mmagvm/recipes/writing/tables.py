@@ -9,7 +9,7 @@ from mmagvm.recipes.writing.config_file import ConfigFile, number
 SCHEDULE = ('batch', 'LR', 'epochs', 'warm-up')
 #: The models of the ablations, by recipe.
 ABLATED = {'faster_rcnn': 'Faster R-CNN', 'retinanet': 'RetinaNet'}
-#: What a table says until there is a log to show.
+#: In place of results until there is a log of them.
 OURS = 'not run'
 
 

@@ -1,4 +1,4 @@
-"""The text of a config file: its difference to a base, written by hand.
+"""The text of a config file: its difference to a handwritten base.
 
 There is a function for each kind of difference.
 """
@@ -34,7 +34,7 @@ def _headline(config: ConfigFile) -> str:
 
 
 def _optimizer(config: ConfigFile) -> str:
-    """The optimizer's learning rate, and clipping."""
+    """The optimizer's learning rate and clipping."""
     clip_norm = at(config.recipe.clip_norm, config.batch_size)
     clip = '' if clip_norm is None else f'clip_grad=dict(max_norm={clip_norm})'
     settings = filter(None, (f'optimizer=dict(lr={config.lr})', clip))
@@ -173,7 +173,7 @@ default_hooks = dict(logger=dict(interval={config.interval}))
 
 
 def lars(config: ConfigFile) -> str:
-    """LARS in the place of SGD."""
+    """LARS in place of SGD."""
     text = 'with LARS: settings not in the paper, see the README'
     return f"""\
 {_comment(f'batch {config.batch_size} {text}')}
@@ -183,7 +183,7 @@ optim_wrapper = dict(optimizer=dict(type='LARS', trust_coefficient=0.02))
 
 
 def lamb(config: ConfigFile) -> str:
-    """LAMB in the place of AdamW."""
+    """LAMB in place of AdamW."""
     settings = f"type='LAMB', lr={config.lr}, weight_decay=0.05"
     return f"""\
 {_comment(f'batch {config.batch_size} with LAMB: settings not in the paper')}
@@ -195,8 +195,8 @@ optim_wrapper = dict(
 
 
 def pmd_lamb(config: ConfigFile) -> str:
-    """PMD-LAMB in the place of LAMB."""
-    text = 'with PMD-LAMB: period and factor not in any paper at hand'
+    """PMD-LAMB in place of LAMB."""
+    text = 'with PMD-LAMB: period and factor are not from a paper'
     return f"""\
 {_comment(f'batch {config.batch_size} {text}')}
 _base_ = './{config.beside('lamb')}.py'
@@ -207,12 +207,12 @@ optim_wrapper = dict(
 
 
 def soap(config: ConfigFile) -> str:
-    """SOAP in the place of AdamW."""
+    """SOAP in place of AdamW."""
     return _soap(config, 'adamw', clip='')
 
 
 def soap_on_sgd(config: ConfigFile) -> str:
-    """SOAP in the place of SGD, with clipped gradients."""
+    """SOAP in place of SGD, with clipped gradients."""
     norm = at(config.recipe.clip_norm, config.batch_size)
     # mmseg's bases have None, which a dict cannot inherit from
     delete = '_delete_=True, ' if config.data == 'ADE20K' else ''
@@ -240,14 +240,14 @@ optim_wrapper = dict(
 """
 
 
-# -- ablations, each on the one before
+# -- ablations, each based on the one before
 
 
 def measured(config: ConfigFile) -> str:
-    """Measured and not modulated."""
+    """Measured but not modulated."""
     base = f'{config.recipe_name}/{config.beside("agvm")}'
     return f"""\
-# batch {config.batch_size}, measured from the start and not modulated
+# batch {config.batch_size}, measured from the start but not modulated
 _base_ = '../{base}.py'
 optim_wrapper = dict(modulate=False, begin=0)
 """
@@ -258,7 +258,7 @@ def without_fpn(config: ConfigFile) -> str:
     base = replace(config, model=f'{config.model}_fpn').name
     detector = config.model.partition('_')[0]
     return f"""\
-# and without FPN
+# like its base, but without FPN
 _base_ = [
     './{base}.py',
     './_base_/{detector}_without-fpn.py',
@@ -270,7 +270,7 @@ model = _base_.without_fpn
 def few_proposals(config: ConfigFile) -> str:
     """With few proposals in the detection head."""
     return f"""\
-# and with 10 proposals in the detection head instead of 512
+# like its base, but with 10 proposals in the detection head instead of 512
 _base_ = './{config.beside('measure')}.py'
 model = dict(train_cfg=dict(rcnn=dict(sampler=dict(num=10))))
 """
@@ -283,7 +283,7 @@ def fixed_head(config: ConfigFile) -> str:
     head = 'roi_head.bbox_head' if two_stages else 'bbox_head'
     base = config.beside(config.tag.replace('fixed-head-', ''))
     return f"""\
-# and with the {text} fixed: still measured, never changed
+# like its base, but with a fixed {text}: measured, never changed
 _base_ = './{base}.py'
 optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys={{'{head}': dict(lr_mult=0.0)}})
