@@ -483,7 +483,7 @@ def test_in_a_detector(neck, tmp_path):
         ),
         (
             dict(pool_size=4),
-            'pool_size=4 of RCNet is no known pooling: write 3 (padded) or 2',
+            'pool_size=4 of RCNet is unknown: write 3 (padded) or 2',
         ),
     ],
 )
@@ -498,8 +498,8 @@ def test_rcnet_refuses_other_levels_than_it_has():
     with pytest.raises(ValueError) as error:
         RCNet([4, 4, 4], 8, 5)(pyramid(4, 8, 8, 4))
     assert str(error.value) == (
-        'in_channels of RCNet names 3 levels but 4 came: write one number '
-        'for each of out_indices of the backbone'
+        'in_channels of RCNet names 3 levels, but the input has 4: write one '
+        'number for each of out_indices of the backbone'
     )
 
 
@@ -507,8 +507,8 @@ def test_sepc_refuses():
     with pytest.raises(ValueError) as error:
         SEPC([8, 8], 8)
     assert str(error.value) == (
-        'in_channels=[8, 8] of SEPC is no integer: write one number, as all '
-        'levels share their kernels'
+        'in_channels=[8, 8] of SEPC is not an integer: write one number, as '
+        'all levels share their kernels'
     )
     with pytest.raises(ValueError) as error:
         SEPC(8, 8, num_convs=0)

@@ -872,7 +872,7 @@ def test_names_that_are_taken_later_are_told():
         [sys.executable, '-c', code], text=True, capture_output=True
     )
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, 'as ever')
-    told = "type='LARS' of the optimizers is __main__.LARS in this project"
+    told = "type='LARS' of the optimizers stands for __main__.LARS here"
     assert told in done.stdout + done.stderr
 
 

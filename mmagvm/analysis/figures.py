@@ -72,15 +72,16 @@ QUANTITIES = {
     'noise_scale': Quantity('noise scale [images]', log=True),
 }
 
-#: Quantities of single measurements: drawn raw and faint, and smoothed. The
-#: others are smooth by themselves.
+#: Quantities of single measurements, drawn raw (faint) and smoothed. The
+#: others are already smooth.
 NOISY = ('variance',)
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Centred running mean, over fewer values at both ends.
 
-    What is not finite takes no part in means, and stays a gap.
+    Means skip values that are not finite; where there is no other, a gap
+    remains.
     """
     finite = np.isfinite(values)
     kernel = np.ones(min(width, len(values)))
@@ -90,7 +91,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def smoothing_width(run: Run) -> int:
-    """Odd number of values, about an eighth of all, that means are over."""
+    """Width of running means: odd, about an eighth of the values."""
     lengths = [len(steps) for steps, _ in run.by_module('variance').values()]
     return 2 * (max(lengths, default=0) // 16) + 1
 
@@ -119,7 +120,7 @@ def module_series(run: Run, name: str) -> Dict[str, Series]:
 
 def _learning_rates(run: Run) -> Dict[str, Series]:
     """The schedule's learning rate times lr_scale, at every logged line."""
-    # lr is that of the first group, which paramwise_cfg may have changed
+    # lr is of the first group, where paramwise_cfg may have changed it
     lr_at = dict(
         zip(*run.series.get('base_lr', run.series.get('lr', ((), ()))))
     )
@@ -138,7 +139,7 @@ def _learning_rates(run: Run) -> Dict[str, Series]:
 
 
 def missing(run: Run, name: str) -> str:
-    """Why a run has nothing of a quantity, in words for its panel."""
+    """Why a run lacks a quantity, for its panel."""
     if not run.modules:
         return 'trained without AGVM'
     if (
@@ -154,7 +155,7 @@ def missing(run: Run, name: str) -> str:
 
 
 def remarks(runs: Sequence[Run], names: Sequence[str]) -> List[str]:
-    """What is not as expected in the figures, one line for each."""
+    """Remarks on the figures, a line for each unexpected fact."""
     lines = []
     longest = max(run.last_step for run in runs)
     for run in runs:
@@ -165,8 +166,8 @@ def remarks(runs: Sequence[Run], names: Sequence[str]) -> List[str]:
             )
         if run.modules and 'agvm/measured' not in run.series:
             lines.append(
-                f'{run.name}: agvm/measured was not logged; every logged line '
-                'counts as a measurement'
+                f'{run.name}: agvm/measured was not logged, so every logged '
+                'line counts as a measurement'
             )
         if not run.modules:
             lines.append(f'{run.name}: {missing(run, names[0])}')
@@ -185,8 +186,8 @@ def remarks(runs: Sequence[Run], names: Sequence[str]) -> List[str]:
                 gaps = int(np.sum(~np.isfinite(values)))
                 if gaps and name != 'ratio':
                     lines.append(
-                        f'{run.name}: {name} of {module} is NaN or infinite '
-                        f'in {gaps} of {len(values)} measurements: gaps'
+                        f'{run.name}: {name} of {module} has gaps: it is NaN '
+                        f'or infinite in {gaps} of {len(values)} measurements'
                     )
     return lines
 
@@ -323,7 +324,7 @@ def _draw_panel(
                 linewidth=0.5,
             )
             values = smooth(values, width)
-        # a few markers, of each line elsewhere
+        # a few markers, at different places for each line
         every = max(1, len(steps) // 6)
         first = i * every // max(1, len(styles))
         axis.plot(steps, values, markevery=(first, every), **style)
@@ -332,7 +333,7 @@ def _draw_panel(
 def axis_limits(
     runs: Sequence[Run], names: Sequence[str]
 ) -> Dict[str, Tuple[float, float]]:
-    """Ends of the x axis, 'x', and of each quantity's, that fit all runs."""
+    """Limits of the x axis ('x') and of each quantity's axis, for all runs."""
     found = {'x': (0.0, 1.02 * max(run.last_step for run in runs))}
     for name in names:
         quantity = QUANTITIES[name]
@@ -365,7 +366,7 @@ def draw_curves(
     label: str,
     width: int = 1,
 ) -> plt.Figure:
-    """One line for each run that has one, the mean over ``width`` values."""
+    """One line for each run with a curve, its mean over ``width`` values."""
     with plt.rc_context(TEXT):
         figure, axis = plt.subplots(
             figsize=(COLUMN, 2.2 + 0.15 * len(runs)), layout='constrained'

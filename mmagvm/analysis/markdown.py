@@ -1,4 +1,4 @@
-"""Tables in Markdown, and pages that they are written into."""
+"""Tables in Markdown, and the pages that contain them."""
 
 from pathlib import Path
 from typing import Dict, Sequence
@@ -7,7 +7,7 @@ from mmagvm.markdown import filled
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up in a terminal."""
+    """A Markdown table with columns that also line up in a terminal."""
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(3, *map(len, column)) for column in zip(*lines)]
     lines.insert(1, ['-' * width for width in widths])
@@ -31,7 +31,7 @@ def quartiles(stats: Dict[str, float], digits: int, factor: float = 1) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that suits them."""
+    """Bytes in a suitable unit."""
     for unit, scale in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
         if abs(count) >= scale:
             return f'{count / scale:.1f} {unit}'
@@ -39,9 +39,9 @@ def size(count: float) -> str:
 
 
 def fill(path: Path, name: str, text: str) -> None:
-    """Write ``text`` between a file's two comments that carry ``name``.
+    """Write ``text`` between a file's two comments named ``name``.
 
-    A file that has them not, or does not exist, gets them at its end.
+    A file without them, or a new file, gets them at its end.
     """
     page = path.read_text() if path.exists() else ''
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Writes one page that compares runs; it opens without a network.
 
-Settings side by side, final metrics, curves, what AGVM measured of every
-module, and what that cost: all from what the runs logged.
+The page has settings side by side, final metrics, curves, AGVM's measurements
+of every module, and their cost. All is read from the logs of the runs.
 """
 
 import io
@@ -53,8 +53,8 @@ MODULE_SECTIONS = {
     'variance': (
         'Gradient variance',
         'How much the two halves of a batch disagree on the gradient of each '
-        'module: 0 not at all, 1 nothing in common. Raw faint, strong the '
-        'running mean of {width} measurements.',
+        'module: 0 not at all, 1 nothing in common. Faint lines are raw '
+        'values, strong lines the running mean of {width} measurements.',
     ),
     'lr_scale': (
         'Learning-rate multiplier',
@@ -63,7 +63,7 @@ MODULE_SECTIONS = {
     'noise_scale': (
         'Noise scale',
         "The batch size at which the noise of a module's gradient is as "
-        'large as its signal. Gaps are where no signal showed.',
+        'large as its signal. There are gaps where no signal showed.',
     ),
 }
 
@@ -120,7 +120,7 @@ def facts(runs: List[Run]) -> List[Row]:
 
 
 def costs(runs: Sequence[Run]) -> List[Row]:
-    """What was measured, what was skipped, and seconds."""
+    """Counts of measurements and of skipped ones, and seconds."""
     rows: Dict[str, List[str]] = {}
     for run in runs:
         counts, times = measurements(run), update_time(run)
@@ -173,8 +173,8 @@ def sections(runs: List[Run]) -> Iterator[Dict[str, Any]]:
             curves.append(draw_curves(runs, found, tag, width))
     yield dict(
         title='Curves',
-        text='The loss is the running mean of 5 logged values; metrics stand '
-        'at the last logged iteration before their validation.',
+        text='The loss is the running mean of 5 logged values. Metrics are '
+        'drawn at the last logged iteration before their validation.',
         figures=curves,
     )
     agvm = [run for run in runs if run.modules]
@@ -190,9 +190,9 @@ def sections(runs: List[Run]) -> Iterator[Dict[str, Any]]:
 
 
 def svg(figure: plt.Figure, prefix: str) -> str:
-    """A figure to stand inside a page, with text as text.
+    """A figure to embed in a page, with text as text.
 
-    Its ids start with ``prefix``, for they must differ in the whole page.
+    Its ids start with ``prefix``, as they must differ in the whole page.
     """
     out = io.StringIO()
     with plt.rc_context({'svg.fonttype': 'none'}):
@@ -204,22 +204,22 @@ def svg(figure: plt.Figure, prefix: str) -> str:
 
 
 def page(
-    runs: List[Run], title: Optional[str], tell: Callable[[str], None]
+    runs: List[Run], title: Optional[str], report: Callable[[str], None]
 ) -> str:
     """The page, in HTML.
 
     Args:
         runs: To be compared.
         title: Defaults to the runs' names.
-        tell: Is called with a line when a section has been drawn.
+        report: Called with a line for each section that has been drawn.
 
     Raises:
-        UsageError: None of them logged what AGVM measures.
+        UsageError: None of them logged AGVM's measurements.
     """
     if not any(run.modules for run in runs):
         raise UsageError(
             f'{" ".join(str(run.work_dir) for run in runs)}: no agvm series '
-            'was logged: train with AGVMOptimWrapper and AGVMHook'
+            'was logged. Train with AGVMOptimWrapper and AGVMHook'
         )
     different, rows = settings(runs)
     drawn: List[Dict[str, Any]] = []
@@ -229,7 +229,7 @@ def page(
             for i, figure in enumerate(section['figures'])
         ]
         drawn.append(section)
-        tell(f'drew {section["title"]}')
+        report(f'drew {section["title"]}')
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True
     ).get_template('report.html')

@@ -1,4 +1,4 @@
-"""Writes the results of runs as rows, all of it read from their logs."""
+"""Writes the results of runs as rows of a table, read from their logs."""
 
 import os
 from typing import Any, Dict, List
@@ -16,7 +16,7 @@ from mmagvm.analysis.run_summary import (
 
 
 def result(run: Run) -> Dict[str, Any]:
-    """One run's row; None for what it did not record."""
+    """The row of a run; None for what it did not record."""
     return dict(
         run=run.name,
         config=config_name(run),

@@ -1,7 +1,7 @@
-"""Reads what a run left in its work dir; every analysis tool uses this.
+"""Reads the logs of a run from its work dir, for every analysis tool.
 
-MMEngine makes a folder named by the time for every start of a run. A run that
-was interrupted and resumed has several; here they are one run again.
+MMEngine makes a folder, named by the time, for every start of a run. A run
+that was interrupted and resumed has several; here they are joined.
 """
 
 import json
@@ -31,14 +31,13 @@ class Run:
     Attributes:
         work_dir: Where it was read from.
         name: The work dir's, for titles and legends.
-        config: Of the last start; None if it left none.
+        config: Of the last start; None if there is none.
         series: Training scalars by tag: steps in iterations, and values.
-        metrics: Validation scalars by tag, at the iteration they belong to.
+        metrics: Validation scalars by tag, at their iterations.
         modules: In the order of the model; empty without AGVM.
         anchor: The module that the others follow; None without AGVM.
-        logs: Text logs of the starts that are in it, oldest first.
-        notes: What a reader of the figures should know, such as that the run
-            was resumed.
+        logs: Text logs of its starts, oldest first.
+        notes: For readers of the figures, such as that the run was resumed.
     """
 
     work_dir: Path
@@ -64,10 +63,10 @@ class Run:
     def by_module(self, quantity: str) -> Dict[str, Series]:
         """A quantity of every module that has it, where it was measured.
 
-        Before its first measurement AGVM logs 1 for everything, and after a
-        measurement it logs the same until the next one: of each measurement
-        the first line counts. NaN and infinity stay in; a noise scale that a
-        line lacks, while it has others, is infinite.
+        Before its first measurement AGVM logs 1 for everything. After a
+        measurement it logs the same values until the next one, so the first
+        line of each measurement counts. NaN and infinity are kept. If a line
+        has noise scales of some modules only, the others are infinite.
         """
         found = {
             module: self.series[f'agvm_{quantity}/{module}']
@@ -91,14 +90,14 @@ class Run:
                 np.concatenate([steps for steps, _ in self.series.values()])
             )
         steps, counts = self.series['agvm/measured']
-        # none is left to count after a restart without AGVM's state
+        # counts start at 0 again after a restart without AGVM's state
         new = (np.diff(counts, prepend=0) != 0) & (counts > 0)
         measured: np.ndarray = steps[new]
         return measured
 
 
 def _filled(series: Series, lines: np.ndarray) -> Series:
-    """A series with infinity at those lines that it is not in."""
+    """A series with infinity at the lines that it lacks."""
     known = dict(zip(*series))
     return lines, np.array([known.get(step, np.inf) for step in lines])
 
@@ -106,12 +105,11 @@ def _filled(series: Series, lines: np.ndarray) -> Series:
 def load_run(work_dir: Path) -> Run:
     """Read a run from its work dir, or from one of the folders in it.
 
-    Of pieces that overlap, because training went back to a checkpoint or
-    began anew, the later one counts from its first logged iteration.
+    Pieces overlap if training went back to a checkpoint or began anew. Then
+    the later piece counts from its first logged iteration.
 
     Raises:
-        ValueError: There is no such folder, or no training was logged in it;
-            the message says which.
+        ValueError: There is no such folder, or no training was logged in it.
     """
     work_dir = Path(work_dir)
     if not work_dir.is_dir():
@@ -127,8 +125,8 @@ def load_run(work_dir: Path) -> Run:
                 pieces.append((start, train, val))
     if not pieces:
         raise ValueError(
-            f'{work_dir}: no training was logged here: there is no '
-            'TIME/vis_data/scalars.json with an iteration in it'
+            f'{work_dir}: no training was logged here, in any '
+            'TIME/vis_data/scalars.json'
         )
     train_lines: List[Dict[str, Any]] = []
     val_lines: List[Dict[str, Any]] = []
@@ -148,7 +146,7 @@ def load_run(work_dir: Path) -> Run:
     dropped = len(pieces) - len(kept)
     if dropped:
         run.notes.append(
-            f'{dropped} earlier start(s) left out: training began anew'
+            f'{dropped} earlier start(s) left out, as training began anew'
         )
     run.series, run.metrics = _by_tag(train_lines), _by_tag(val_lines)
     run.logs = [
@@ -165,7 +163,7 @@ def load_run(work_dir: Path) -> Run:
         try:
             run.anchor = find_anchor(run.modules, anchor)
         except ValueError:
-            run.notes.append(f'its anchor {anchor} was not logged')
+            run.notes.append(f'the anchor {anchor} was not logged')
     return run
 
 
@@ -198,7 +196,7 @@ def require_agvm(run: Run) -> None:
     """End the command if a run has no series of AGVM.
 
     Raises:
-        UsageError: It says whether the config or the hook is the reason.
+        UsageError: It has none; the message names the reason.
     """
     if run.modules:
         return
@@ -221,7 +219,7 @@ def _read_lines(
             line = json.loads(text)
             step = line.pop('step')
         except (ValueError, KeyError, AttributeError):
-            notes.append(f'line {number} of {file} is damaged, left out')
+            notes.append(f'line {number} of {file} is damaged and left out')
             continue
         if 'iter' in line:
             train.append({**line, 'step': step})
@@ -233,7 +231,7 @@ def _read_lines(
 
 
 def _by_tag(lines: List[Dict[str, Any]]) -> Dict[str, Series]:
-    """Columns of lines; a line that lacks a tag is no step of its series."""
+    """The series of each tag, with steps at the lines that have it."""
     columns: Dict[str, Tuple[List[int], List[float]]] = {}
     for line in lines:
         for tag, value in line.items():
@@ -253,7 +251,7 @@ def _by_tag(lines: List[Dict[str, Any]]) -> Dict[str, Series]:
 def _read_config(
     start: Path, work_dir: Path, notes: List[str]
 ) -> Optional[Config]:
-    """The config of a start, or else the newest one of the work dir."""
+    """The config of a start, else the newest one of the work dir."""
     dumped = sorted(
         [*work_dir.glob('*.py'), *work_dir.parent.glob('*.py')]
         if start == work_dir
@@ -267,5 +265,5 @@ def _read_config(
             return Config.fromfile(file, import_custom_modules=False)
         except Exception as error:  # whatever executing a file may raise
             notes.append(f'{file} cannot be read: {type(error).__name__}')
-    notes.append('no config was found; defaults are assumed')
+    notes.append('no config was found, so defaults are assumed')
     return None

@@ -1,4 +1,4 @@
-"""What a run comes to: where it came from, how it ended, what it cost."""
+"""The summary of a run: its origin, its end and its cost."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,8 @@ import numpy as np
 from mmagvm.analysis.run_log import Run
 from mmagvm.analysis.statistics import summary
 
-#: Values from which on the smallest and the largest hold the median between
-#: them in 95 % of all cases.
+#: Least number of values with the median between the smallest and the largest
+#: in 95 % of all cases.
 FEWEST = 6
 
 
@@ -25,7 +25,7 @@ def config_name(run: Run) -> str:
 
 
 def commit(run: Run) -> Optional[str]:
-    """Version and commit of mmagvm; several if it was resumed by another."""
+    """Version and commit of mmagvm; several if a run resumed with another."""
     found: Dict[str, None] = {}
     for log in run.logs:
         recorded = _search(
@@ -38,7 +38,7 @@ def commit(run: Run) -> Optional[str]:
 
 
 def seed(run: Run) -> Optional[int]:
-    """The seed that a run had, whether set or drawn."""
+    """The seed of a run, set or drawn."""
     for log in reversed(run.logs):
         found = _search(log, r'^\s+seed: (\d+)$')
         if found:
@@ -53,13 +53,13 @@ def batch_size(run: Run) -> Optional[int]:
     ranks = [_search(log, r'^\s+GPU number: (\d+)$') for log in run.logs[-1:]]
     images = loader.get('batch_size')
     if not isinstance(images, int) or not ranks or not ranks[0]:
-        return None  # some loaders' batches are of no fixed size
+        return None  # batches of some loaders have no fixed size
     accumulated = run.setting('accumulative_counts', 1)
     return images * int(ranks[0]) * int(accumulated)
 
 
 def progress(run: Run) -> str:
-    """How far a run came, of how much its config asked for."""
+    """How far a run came, out of the length in its config."""
     train_cfg = (run.config or {}).get('train_cfg') or {}
     if 'max_iters' in train_cfg:
         return f'iteration {run.last_step} of {train_cfg["max_iters"]}'
@@ -85,16 +85,16 @@ def metrics(run: Run) -> Dict[str, float]:
 
 
 def main_metrics(runs: List[Run]) -> List[str]:
-    """The metrics that results are quoted by: mAP and mIoU, or the first."""
+    """The metrics to report: mAP and mIoU, or the first one."""
     tags = list(dict.fromkeys(tag for run in runs for tag in metrics(run)))
     return [tag for tag in tags if re.search('(mAP|mIoU)$', tag)] or tags[:1]
 
 
 def divergence(run: Run) -> Optional[str]:
-    """In words how a run diverged; None if it did not.
+    """How a run diverged, in words; None if it did not.
 
-    It did if its loss was NaN or infinite and either stayed so until the end
-    or the last validation found nothing.
+    A run diverged if its loss was NaN or infinite, and stayed so until the
+    end or the last validation found nothing.
     """
     steps, loss = run.series.get('loss', (np.zeros(0), np.zeros(0)))
     bad = ~np.isfinite(loss)
@@ -114,7 +114,7 @@ def divergence(run: Run) -> Optional[str]:
 
 
 def measurements(run: Run) -> Optional[Dict[str, Any]]:
-    """Measurements that took effect, were skipped, and where; None without."""
+    """Numbers of measurements and of skipped ones; None without AGVM."""
     if 'agvm/skipped' not in run.series:
         return None
     steps, skipped = run.series['agvm/skipped']
@@ -137,14 +137,15 @@ def update_time(run: Run) -> Optional[Dict[str, Any]]:
     """What measuring costs, from logged updates of both kinds.
 
     A measured update is compared with the other one of the same logged line,
-    so that what slows both down cancels.
+    so that influences on both cancel.
 
     Returns:
         ``measured`` and ``unmeasured``, median seconds; ``count``, the lines
-        compared; ``interval``; ``share``, of the time of ``interval`` updates
-        what one measurement adds, by the median difference; and ``low`` and
-        ``high``, the share by the ends of the median's 95 % interval. None if
-        the run logged fewer than FEWEST of both kinds.
+        compared; ``interval``; ``share``, the part of the time of
+        ``interval`` updates that one measurement adds, by the median
+        difference; and ``low`` and ``high``, the share by the ends of the
+        median's 95 % interval. None if the run logged fewer than FEWEST of
+        both kinds.
     """
     logged = {
         kind: dict(zip(*run.series.get(f'agvm_update_time/{kind}', ((), ()))))
@@ -183,7 +184,7 @@ def update_time(run: Run) -> Optional[Dict[str, Any]]:
 
 
 def _search(file: Path, pattern: str) -> Optional[str]:
-    """What the first line says that matches, if the file has one."""
+    """The pattern's group in the first line that matches, if there is one."""
     if file.is_file():
         with file.open(errors='replace') as lines:
             for line in lines:

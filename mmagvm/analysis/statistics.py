@@ -12,13 +12,13 @@ Values = Union[Sequence[float], np.ndarray]
 def summary(values: Values) -> Dict[str, float]:
     """Median, quartiles and the 95 % interval of the median.
 
-    The interval is between two of the values, by order statistics: it
-    supposes nothing of the distribution.
+    The interval is between two of the values, by order statistics. It assumes
+    nothing about the distribution.
     """
     ordered = np.sort(np.asarray(values, dtype=float))
     n = len(ordered)
     outside = 0  # values left out at either end
-    below = 1.0  # of 2^n: so many ways has the median to be among those
+    below = 1.0  # of 2^n cases, those with the median among these values
     while 2 * below <= 0.05 * 2.0**n:
         outside += 1
         below += math.comb(n, outside)
@@ -38,6 +38,6 @@ def ratio_summary(
 ) -> Dict[str, float]:
     """:func:`summary` of the ratios within each repetition.
 
-    What slows a whole repetition down, such as another program, cancels.
+    Whatever slows down a whole repetition, such as another program, cancels.
     """
     return summary(np.divide(numerators, denominators).tolist())

@@ -1,8 +1,8 @@
-"""Models of the papers that the host lacks, for mmdet and mmseg.
+"""Models of the papers that mmdet and mmseg lack.
 
-A config has them by
-``custom_imports=dict(imports=['mmagvm', 'mmagvm.models'])``. What needs mmdet
-is left out where it is not installed.
+A config loads them with
+``custom_imports=dict(imports=['mmagvm', 'mmagvm.models'])``. Those that need
+mmdet are left out where it is not installed.
 """
 
 from importlib.util import find_spec

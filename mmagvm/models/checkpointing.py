@@ -12,17 +12,17 @@ def checkpointed(
 ) -> Tensor:
     """``function(*inputs)``, computed again in the backward pass.
 
-    Inside of it only ``inputs`` are kept for the backward pass. Random
-    numbers are the same both times. The second time, norm layers of
-    ``module`` normalize by the same batch, but update copies of their
-    running statistics, which are dropped.
+    Only ``inputs`` are kept for the backward pass. Random numbers are the
+    same both times. The second time, norm layers of ``module`` normalize by
+    the same batch, but update copies of their running statistics, which are
+    dropped.
 
     SyncBN sends its statistics again. All ranks do so at the same place
     among the messages, as they go backward through equal graphs.
 
     Args:
-        module: All that ``function`` uses with buffers.
-        function: A computation of tensors, as a method of ``module``.
+        module: Contains all buffers that ``function`` uses.
+        function: A computation of tensors, such as a method of ``module``.
         inputs: Its positional arguments.
     """
     output: Tensor = checkpoint(
@@ -35,11 +35,11 @@ def checkpointed(
 
 
 class _CopiedBuffers:
-    """Inside of it, ``module`` reads and writes copies of its buffers.
+    """A context in which ``module`` reads and writes copies of its buffers.
 
-    It can be entered again, as a graph that is retained is recomputed at
-    each backward pass. Nothing is written to the buffers themselves:
-    autograd would take that for a change of what it has saved.
+    It can be entered again, as a retained graph is recomputed at each
+    backward pass. The buffers themselves are not written to: autograd would
+    take that for a change of its saved tensors.
     """
 
     def __init__(self, module: nn.Module) -> None:

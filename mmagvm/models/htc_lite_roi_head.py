@@ -18,7 +18,7 @@ Features = Tuple[Tensor, ...]
 
 @register(MODELS)
 class HTCLiteRoIHead(CascadeRoIHead):
-    """A cascade of box heads, with a context vector, and at most one mask.
+    """A cascade of box heads, with a context vector and at most one mask head.
 
     Of Hybrid Task Cascade (Chen et al., CVPR 2019) HTC-Lite keeps the box
     cascade and the last mask head; there is no interleaving and no relay
@@ -28,29 +28,30 @@ class HTCLiteRoIHead(CascadeRoIHead):
     (Wang et al., CVPR 2021), appendix D.1; HTC-X of the AGVM paper, appendix
     A.5.2, is based on it.
 
-    ``glbctx_head``, and what it is called, is mmdet's of SCNet. No source
-    gives the weight of the only mask loss: it is the sum of all stages', as
-    SCNet has it.
+    ``glbctx_head`` and its name are those of mmdet's SCNet. No source gives
+    the weight of the only mask loss: it is the sum of all stages' weights, as
+    in SCNet.
 
     Losses are ``loss_glbctx``, ``s0.loss_cls``, ``s0.loss_bbox`` and so on
-    of each stage, and ``loss_mask``. All heads have a gradient whatever an
-    image holds: a stage without RoIs does not end the cascade.
+    of each stage, and ``loss_mask``. All heads have a gradient for any image:
+    a stage without RoIs does not end the cascade.
 
     Args:
         num_stages: Of the cascade.
         stage_loss_weights: One for each stage.
-        glbctx_head: Config of mmdet's GlobalContextHead, or of one alike. Its
-            ``conv_out_channels`` are those of RoI features. Defaults to None,
-            without context.
+        glbctx_head: Config of mmdet's GlobalContextHead, or of a similar one.
+            Its ``conv_out_channels`` are those of RoI features. Defaults to
+            None, without context.
         kwargs: Of mmdet's CascadeRoIHead. ``bbox_roi_extractor`` and
             ``bbox_head`` are one config or one per stage, ``mask_head`` and
             ``mask_roi_extractor`` one config. Both default to None: no masks.
-            A mask head alone takes the last stage's ``bbox_roi_extractor``.
+            A mask head without an extractor takes the last stage's
+            ``bbox_roi_extractor``.
 
     Raises:
-        ValueError: Settings that are per stage do not fit ``num_stages``,
-            there are several mask heads, or the context head has not the
-            channels or classes of the box heads.
+        ValueError: Settings per stage do not fit ``num_stages``, there are
+            several mask heads, or channels or classes of the context head
+            differ from those of the box heads.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class HTCLiteRoIHead(CascadeRoIHead):
         return self.glbctx_head is not None
 
     def init_mask_head(self, mask_roi_extractor: Any, mask_head: Any) -> None:
-        """Build the only mask head and what cuts its RoIs.
+        """Build the only mask head and its RoI extractor.
 
         Raises:
             ValueError: There are several of either.
@@ -99,8 +100,8 @@ class HTCLiteRoIHead(CascadeRoIHead):
             if isinstance(value, (list, tuple)):
                 raise ValueError(
                     f'{name} of HTCLiteRoIHead is a list of {len(value)}, '
-                    'but HTC-Lite has the last mask head alone: write '
-                    f'{name}=dict(...), that of the last'
+                    'but HTC-Lite has only the last mask head: write '
+                    f'{name}=dict(...), the last of them'
                 )
         self.mask_head = MODELS.build(mask_head)
         self.mask_roi_extractor = (
@@ -133,14 +134,14 @@ class HTCLiteRoIHead(CascadeRoIHead):
             )
         boxes = rpn_results_list
         for stage, weight in enumerate(self.stage_loss_weights):
-            self.current_stage = stage  # of samplers that ask the head
+            self.current_stage = stage  # samplers may read it
             samples = [
                 self._sample(stage, i, x, boxes[i], targets[i], ignored[i])
                 for i in range(len(metas))
             ]
             results = self.bbox_loss(stage, x, samples, context)
             for name, value in results['loss_bbox'].items():
-                # the rest, as accuracies, is only logged
+                # other values, such as accuracies, are only logged
                 factor = weight if 'loss' in name else 1
                 losses[f's{stage}.{name}'] = value * factor
             if stage < self.num_stages - 1:
@@ -149,8 +150,8 @@ class HTCLiteRoIHead(CascadeRoIHead):
                         samples, results, metas
                     )
                 if boxes is None:
-                    # no RoI in any image: the next stages still run, or
-                    # their parameters would have no gradient on this rank
+                    # no RoI in any image: the next stages still run, so that
+                    # their parameters have a gradient on this rank
                     boxes = [InstanceData(bboxes=s.priors) for s in samples]
         if self.with_mask:
             results = self.mask_loss(x, samples, targets, context)
@@ -359,7 +360,7 @@ class HTCLiteRoIHead(CascadeRoIHead):
         targets: InstanceData,
         ignored: Optional[InstanceData],
     ) -> Any:
-        """RoIs of an image for a stage, and what each is to find."""
+        """RoIs of an image for a stage, and their targets."""
         priors = InstanceData(priors=boxes.bboxes)
         assigned = self.bbox_assigner[stage].assign(priors, targets, ignored)
         return self.bbox_sampler[stage].sample(
@@ -370,7 +371,7 @@ class HTCLiteRoIHead(CascadeRoIHead):
         )
 
     def _check_context_head(self) -> None:
-        """Refuse a context head that fits no box head.
+        """Refuse a context head that does not fit the box heads.
 
         Raises:
             ValueError: See the class.
@@ -406,7 +407,7 @@ def _roi_features(
     Returns:
         (RoIs, C, H, W), in 32 bits under mixed precision.
     """
-    # The extractor takes boxes to the type of the maps. 16 bits are too few
+    # The extractor casts boxes to the type of the maps. 16 bits are too few
     # for them: in bfloat16 a coordinate above 1024 is a multiple of 8.
     levels = [
         level.float() if level.dtype.itemsize < 4 else level

@@ -1,4 +1,4 @@
-"""What necks of deformable convolutions share."""
+"""Layers that the necks of deformable convolutions share."""
 
 from typing import Any, Dict, Optional
 
@@ -7,18 +7,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Config = Dict[str, Any]
-#: Of a convolution, as United-Perception has it; None makes it a plain one.
+#: United-Perception's config of a convolution; None makes a plain one.
 DEFORMABLE: Config = dict(type='DCN')
 BATCH_NORM: Config = dict(type='BN')
 RELU: Config = dict(type='ReLU')
 
 
 class Conv3x3(nn.Module):
-    """Activation, 3x3 convolution, normalization; any but the second may lack.
+    """Activation, 3x3 convolution and normalization; the last is optional.
 
-    It takes (N, ``in_channels``, H, W) to (N, ``out_channels``, ceil(H /
-    ``stride``), ceil(W / ``stride``)), whatever H and W are. The convolution
-    has no bias, as MMCV's deformable one takes none.
+    The activation is optional, too. The module takes (N, ``in_channels``, H,
+    W) to (N, ``out_channels``, ceil(H / ``stride``), ceil(W / ``stride``)),
+    for any H and W. The convolution has no bias, as MMCV's deformable one.
 
     Args:
         in_channels: Of the input.
@@ -40,7 +40,7 @@ class Conv3x3(nn.Module):
         act_cfg: Optional[Config] = None,
     ) -> None:
         super().__init__()
-        # MMCV is imported where it is used: the package does without it
+        # imported here, as the package must not need MMCV
         from mmcv.cnn import build_conv_layer
 
         if conv_cfg is not None:
@@ -77,15 +77,15 @@ class Conv3x3(nn.Module):
         height, width = x.shape[-2:]
         padded = x
         if min(height, width) < 3:
-            # MMCV refuses what is smaller than the kernel; zeros outside of
-            # an image are what its kernel reads there anyway
+            # MMCV refuses maps smaller than the kernel; the padding is what
+            # its kernel reads outside of a map anyway
             right, below = max(3 - width, 0), max(3 - height, 0)
             padded = functional.pad(x, (0, right, 0, below))
         # MMCV has no kernel for bfloat16, and half precision is too coarse
         # for positions in a large image: full precision is a choice of this
         # project
         with torch.autocast(x.device.type, enabled=False):
-            # its kernels also want this layout
+            # its kernels also need this layout
             y: Tensor = self.conv(
                 padded.to(self.conv.weight.dtype).contiguous()
             )
@@ -130,7 +130,7 @@ def act_layer(cfg: Optional[Config]) -> nn.Module:
 def to_size(
     x: Tensor, size: torch.Size, align_corners: bool = False
 ) -> Tensor:
-    """``x`` in another size, bilinearly; as it is where it has the size."""
+    """``x`` resized bilinearly, unless it has the size already."""
     if x.shape[-2:] == size:
         return x
     return functional.interpolate(

@@ -29,29 +29,29 @@ class RCNet(BaseModule):
     A 1x1 convolution with norm takes each level of the backbone to
     ``out_channels``. Then :class:`RevFP` runs ``num_stages`` times and
     :class:`CrossScaleShift` once. 3x3 convolutions of stride 2, each with
-    norm, make further levels from the highest one. The first takes it as it
-    is, each other one an activation of the level before.
+    norm, make further levels from the highest one. The first takes the level
+    itself, each other one an activation of the level before.
 
     Defaults are those of United-Perception (``mb15`` at commit 2bd6d9f), the
-    neck of AGVM's largest detector up to P7. That P8 is made like P7 is a
-    choice of this project, as no source has a P8. Those of RCNet's own code
-    are ``num_stages=1``, ``num_fused=num_outs``, ``shift_divisor=16``,
-    ``shift_reach=2``, ``pool_size=2``, ``conv_cfg=dict(type='DCNv2',
-    deform_groups=2)``; its further levels are 1x1 convolutions and pooling,
-    which this class lacks.
+    neck of AGVM's largest detector up to P7. This project makes P8 like P7,
+    as no source has a P8. RCNet's own code has ``num_stages=1``,
+    ``num_fused=num_outs``, ``shift_divisor=16``, ``shift_reach=2``,
+    ``pool_size=2``, ``conv_cfg=dict(type='DCNv2', deform_groups=2)``. Its
+    further levels are 1x1 convolutions and pooling, which this class lacks.
 
-    Linear weights begin by Xavier's uniform distribution; gates, attention
-    and offsets begin at zero.
+    Linear weights start from Xavier's uniform distribution; gates, attention
+    and offsets start at zero.
 
     Args:
         in_channels: Of the backbone's levels, from the finest.
         out_channels: Of all levels of the output.
-        num_outs: How many levels to put out.
+        num_outs: Number of output levels.
         start_level: First level of the backbone to use. Defaults to 0.
-        num_stages: How often RevFP runs, each time with weights of its own.
+        num_stages: How often RevFP runs, each time with its own weights.
             Defaults to 2.
-        num_fused: How many levels RevFP and the shift see. Defaults to None,
-            those of the backbone; more makes further levels before them.
+        num_fused: Number of levels in RevFP and in the shift. Defaults to
+            None, those of the backbone. With more, further levels are made
+            before them.
         shift_divisor: A level takes ``out_channels // shift_divisor``
             channels from each neighbour. Defaults to 8.
         shift_reach: How far neighbours are: 1 means one level up and one
@@ -62,12 +62,12 @@ class RCNet(BaseModule):
             ``dict(type='DCNv2')``, or None for plain ones.
         norm_cfg: Defaults to ``dict(type='BN')``.
         act_cfg: Defaults to ``dict(type='ReLU')``.
-        init_cfg: Of MMEngine, instead of the above. Mind that one with
-            ``layer='Conv2d'`` reaches gates and offsets, too.
+        init_cfg: Of MMEngine, instead of the above. Note that
+            ``layer='Conv2d'`` includes gates and offsets.
 
     Raises:
-        ValueError: A setting has no meaning, or, in the forward, the levels
-            are not as many as ``in_channels`` names.
+        ValueError: A setting is out of range or, in the forward, the number
+            of levels differs from that of ``in_channels``.
     """
 
     def __init__(
@@ -138,8 +138,8 @@ class RCNet(BaseModule):
         """
         if len(inputs) != self.num_ins:
             raise ValueError(
-                f'in_channels of RCNet names {self.num_ins} levels but '
-                f'{len(inputs)} came: write one number for each of '
+                f'in_channels of RCNet names {self.num_ins} levels, but the '
+                f'input has {len(inputs)}: write one number for each of '
                 'out_indices of the backbone'
             )
         levels: List[Tensor] = [
@@ -160,8 +160,8 @@ class RCNet(BaseModule):
 class RevFP(nn.Module):
     """Reverse feature pyramid: top-down and bottom-up in one pass.
 
-    From the finest level on, a node joins a level, the one above and the
-    finer one that has been joined already:
+    From the finest level on, a node joins a level with the one above and
+    with the output of the finer one:
     p_l = node(c_l, up(c_{l+1}), down(p_{l-1})). See :class:`GatedNode`.
 
     Args:
@@ -189,8 +189,8 @@ class RevFP(nn.Module):
         super().__init__()
         if pool_size not in (2, 3):
             raise ValueError(
-                f'pool_size={pool_size!r} of RCNet is no known pooling: write '
-                '3 (padded) or 2'
+                f'pool_size={pool_size!r} of RCNet is unknown: write 3 '
+                '(padded) or 2'
             )
         self.pool_size = pool_size
         self.nodes = nn.ModuleList(
@@ -214,7 +214,7 @@ class RevFP(nn.Module):
             if place + 1 < len(levels):
                 upper = to_size(levels[place + 1], size)
             if joined:
-                # a backbone that rounds down has levels smaller than this
+                # levels of a backbone that rounds down are smaller than this
                 lower = to_size(self._pool(joined[-1]), size)
             joined.append(node(x, upper, lower))
         return joined
@@ -222,7 +222,7 @@ class RevFP(nn.Module):
     def _pool(self, x: Tensor) -> Tensor:
         if self.pool_size == 3:
             return functional.max_pool2d(x, 3, stride=2, padding=1)
-        # for a maximum, a replicated row is as good as none
+        # a replicated row does not change a maximum
         return functional.max_pool2d(x, 2, stride=2, ceil_mode=True)
 
 
@@ -233,16 +233,16 @@ class GatedNode(nn.Module):
 
         w = sigmoid(conv1x1([mean x; mean z])),    y = w x + (1 - w) z.
 
-    The level above is weighed per pixel first, by an attention of mean 1,
+    The level above is first weighed per pixel, by an attention of mean 1,
 
         a = H W softmax_HW(t C^-1/2 conv3x3([x; upper])),
 
-    but its mean in the gate is taken before. With the level above, then the
-    one below, and out = conv of activation, 3x3 convolution, norm:
+    but the gate takes its mean from before. With the level above, then the
+    one below, and conv an activation, a 3x3 convolution and a norm:
 
         y = gate(x, a upper),    out = conv(gate'(conv'(y), lower)).
 
-    Gates and attention begin at zero, so that w = 1/2 and a = 1.
+    Gates and attention start at zero, so that w = 1/2 and a = 1.
 
     Args:
         channels: C, of all levels.
@@ -290,7 +290,7 @@ class GatedNode(nn.Module):
     def forward(
         self, x: Tensor, upper: Optional[Tensor], lower: Optional[Tensor]
     ) -> Tensor:
-        """Join them, all of (N, C, H, W); None is what there is not."""
+        """Join the levels, each (N, C, H, W); None for a missing one."""
         if upper is not None:
             weight = _gate_weight(self.upper_gate, x, upper)
             x = weight * x + (1 - weight) * self._attended(x, upper)
@@ -327,20 +327,21 @@ def _gate_weight(gate: nn.Module, x: Tensor, z: Tensor) -> Tensor:
 class CrossScaleShift(nn.Module):
     """Cross-scale shift network (CSN): levels exchange channels.
 
-    All levels are resized to the second one. Beside its own C channels, each
-    takes some of its neighbours', cyclically (:meth:`shifted`). Per level, a
-    1x1 convolution back to C, norm, activation and another 1x1 convolution
-    follow, and the level is added. Two contexts of an image, vectors of C,
-    are added to all levels: over scales (of each level's mean) and over
-    pixels (of the mean of levels), see :class:`ContextPool`. The sum, resized
-    back, is added to the level. Resizing is an adaptive max-pooling where a
-    map shrinks and bilinear where it grows.
+    All levels are resized to the second one. In addition to its own C
+    channels, each takes some of its neighbours', cyclically
+    (:meth:`shifted`). Per level follow a 1x1 convolution back to C, norm,
+    activation and another 1x1 convolution, and the level is added. Two
+    contexts of an image, vectors of C, are added to all levels: over scales
+    (of each level's mean) and over pixels (of the mean of levels), see
+    :class:`ContextPool`. The sum, resized back, is added to the level.
+    Resizing is an adaptive max-pooling where a map shrinks, and bilinear
+    where it grows.
 
     Args:
         channels: C, of all levels.
         num_levels: L, 2 or more.
         divisor: ``channels // divisor`` channels come from a neighbour.
-        reach: From how far they come, in levels.
+        reach: Largest distance of a neighbour, in levels.
         norm_cfg: See :class:`RCNet`, also for what follows.
         act_cfg: Likewise.
 
@@ -398,9 +399,9 @@ class CrossScaleShift(nn.Module):
     def shifted(self, x: Tensor) -> Tensor:
         """Put channels of other levels before a level's own.
 
-        The first C / ``divisor`` are those of the next level, then the
-        following C / ``divisor`` of the level before; so on for levels that
-        are 2 away. The level after the last is the first.
+        The first C / ``divisor`` are those of the next level, the following
+        C / ``divisor`` those of the level before, and so on for levels at
+        distance 2. The level after the last is the first.
 
         Args:
             x: (N, L, C, H, W).

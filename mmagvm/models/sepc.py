@@ -26,13 +26,13 @@ class SEPC(BaseModule):
     """Scale-equalizing pyramid convolution (Wang et al., "Scale-Equalizing
     Pyramid Convolution for Object Detection", CVPR 2020).
 
-    ``num_convs`` of :class:`PConv`, one after another. Kernels are shared by
-    all levels, so there may be any number of them. Defaults are those of
+    ``num_convs`` of :class:`PConv`, one after another. All levels share the
+    kernels, so their number is free. Defaults are those of
     United-Perception (``mb15`` at commit 2bd6d9f): all convolutions are
     deformable and one pyramid comes out. The pair of further convolutions,
     for classification and localization, is left out as there.
 
-    Kernels begin by a normal distribution of standard deviation 0.01,
+    Kernels start from a normal distribution of standard deviation 0.01,
     offsets at zero.
 
     Args:
@@ -45,11 +45,11 @@ class SEPC(BaseModule):
             ``dict(type='DCNv2')``, or None for plain ones.
         norm_cfg: Defaults to ``dict(type='BN')``.
         act_cfg: Defaults to ``dict(type='ReLU')``.
-        init_cfg: Of MMEngine, instead of the above. Mind that one with
-            ``layer='Conv2d'`` reaches offsets, too.
+        init_cfg: Of MMEngine, instead of the above. Note that
+            ``layer='Conv2d'`` includes offsets.
 
     Raises:
-        ValueError: A setting has no meaning.
+        ValueError: A setting is out of range.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class SEPC(BaseModule):
         super().__init__(init_cfg)
         if not isinstance(in_channels, int):
             raise ValueError(
-                f'in_channels={in_channels!r} of SEPC is no integer: write '
-                'one number, as all levels share their kernels'
+                f'in_channels={in_channels!r} of SEPC is not an integer: '
+                'write one number, as all levels share their kernels'
             )
         check_least('SEPC', 'num_convs', num_convs, 1)
         self.convs = nn.ModuleList(
@@ -139,7 +139,7 @@ class PConv(nn.Module):
         self.act = act_layer(act_cfg)
 
     def forward(self, levels: Sequence[Tensor]) -> List[Tensor]:
-        """Take levels to as many of the same sizes, from the finest."""
+        """Convolve levels, from the finest; sizes stay the same."""
         outputs = []
         for place, x in enumerate(levels):
             size = x.shape[-2:]
@@ -147,7 +147,7 @@ class PConv(nn.Module):
             y = self.same(x, plain)
             if place > 0:
                 # sizes differ where a level is not half of that before,
-                # rounded up: no source says what to do then
+                # rounded up; no source covers this case
                 y = y + to_size(self.finer(levels[place - 1]), size)
             if place + 1 < len(levels):
                 coarser = self.coarser(levels[place + 1], plain)
@@ -159,9 +159,9 @@ class PConv(nn.Module):
 class IntegratedBatchNorm(nn.Module):
     """One batch norm over the pixels of all levels together.
 
-    Also its running statistics are those of all levels, so that a level of
-    few pixels is normalized as the others are. Any batch norm will do, also
-    one whose statistics span ranks.
+    Its running statistics are those of all levels, too, so that a level of
+    few pixels is normalized like the others. Any batch norm can be used, also
+    one with statistics over several ranks.
 
     Args:
         channels: Of every level.
@@ -173,9 +173,9 @@ class IntegratedBatchNorm(nn.Module):
         self.norm = norm_layer(norm_cfg, channels)
 
     def forward(self, levels: Sequence[Tensor]) -> List[Tensor]:
-        """Take levels of (N, C, H_i, W_i) to as many of the same shapes."""
+        """Normalize levels of (N, C, H_i, W_i)."""
         pixels = [x.flatten(2) for x in levels]
-        # 4 dimensions, as batch norms of maps want
+        # 4 dimensions, as batch norms of maps expect
         joint = self.norm(torch.cat(pixels, 2).unsqueeze(-1)).squeeze(-1)
         parts = joint.split([x.size(2) for x in pixels], 2)
         return [part.view_as(x) for part, x in zip(parts, levels)]

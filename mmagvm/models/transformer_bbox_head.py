@@ -14,22 +14,22 @@ from mmagvm.recipes.registry import register
 
 @register(MODELS)
 class TransformerBBoxHead(BBoxHead):
-    """Classifies and locates a RoI by transformer blocks of its own each.
+    """Classifies and locates a RoI, with transformer blocks for each task.
 
     The RoI's H x W cells are the tokens. Each branch is ``num_blocks`` of
     :class:`TransformerBlock`, the mean over the tokens and one linear
     layer, ``fc_cls`` or ``fc_reg``. Losses and decoding are BBoxHead's.
 
     Source: the detector of the AGVM paper, appendix A.5.2, which has
-    4 decoupled transformer blocks for either task. It says neither their
-    width, nor what ends them, nor whether cascade stages share them. That a
-    block is the backbone's, as wide as the RoI features, and that the mean
-    ends a branch is this project's choice. So are the initial values of
-    linear layers: weights of std 0.02, biases 0. Those of the last layers
+    4 decoupled transformer blocks for either task. The paper does not give
+    their width, what ends them, or whether cascade stages share them. This
+    project chooses the backbone's blocks, as wide as the RoI features, with
+    the mean at the end of a branch. The initial values of linear layers are
+    its choice, too: weights of std 0.02, biases 0. Those of the last layers
     are BBoxHead's. There is no dropout and no stochastic depth.
 
-    No RoI at all is no special case for data-parallel training: every
-    parameter then has a gradient, which is zero.
+    A batch without any RoI is no special case for data-parallel training:
+    every parameter then has a gradient, which is zero.
 
     Args:
         in_channels: Of the RoI features, and the width of all blocks.
@@ -40,16 +40,16 @@ class TransformerBBoxHead(BBoxHead):
             to 4.
         layer_scale: Initial value of both gains of a block. Defaults to
             0.1, which CaiT (Touvron et al., 2021) has for up to 18 blocks.
-            The backbone's 1e-6 is meant for its 54.
-        with_cp: Recompute blocks in the backward pass, for memory. Defaults
-            to False.
+            The backbone's 1e-6 is for its 54 blocks.
+        with_cp: Recompute blocks in the backward pass, to save memory.
+            Defaults to False.
         init_cfg: Instead of the initial values given above.
-        kwargs: Of BBoxHead, but for ``with_avg_pool``. ``roi_feat_size`` is
-            of no effect, as any size will do.
+        kwargs: Of BBoxHead, except for ``with_avg_pool``. ``roi_feat_size``
+            has no effect, as any size works.
 
     Raises:
-        ValueError: ``in_channels`` are not whole heads, or a number is too
-            small.
+        ValueError: ``in_channels`` is not a multiple of ``head_dim``, or a
+            number is too small.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class TransformerBBoxHead(BBoxHead):
                 'hidden channel: write a number above 0, such as 4'
             )
         super().__init__(
-            # which makes the last layers as wide as a token
+            # makes the last layers as wide as a token
             with_avg_pool=True,
             in_channels=in_channels,
             init_cfg=init_cfg,
@@ -139,7 +139,7 @@ class TransformerBBoxHead(BBoxHead):
         *args: Any,
         **kwargs: Any,
     ) -> Dict[str, Tensor]:
-        """BBoxHead's losses, of which ``loss_cls`` is never left out.
+        """BBoxHead's losses, always with ``loss_cls``.
 
         Args:
             cls_score: As :meth:`forward` returns it.
@@ -151,7 +151,7 @@ class TransformerBBoxHead(BBoxHead):
             cls_score, bbox_pred, *args, **kwargs
         )
         if cls_score is not None and not len(cls_score):
-            # without it DDP would wait for the gradients of this branch
+            # otherwise DDP would wait for the gradients of this branch
             losses['loss_cls'] = cls_score.sum()
         return losses
 
@@ -163,7 +163,7 @@ class TransformerBBoxHead(BBoxHead):
                     block,
                     x,
                     use_reentrant=False,
-                    preserve_rng_state=False,  # nothing in it is random
+                    preserve_rng_state=False,  # blocks are not random
                 )
             else:
                 x = block(x)

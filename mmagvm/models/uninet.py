@@ -48,8 +48,8 @@ def _sizes(
     return dict(stem=stem, stages=stages)
 
 
-#: Sizes by name. 'G' is of AGVM, Table 4, with the stem of United-Perception;
-#: its windows are of 448 pixels, and every third block has none. 'B1' is of
+#: Sizes by name. 'G' is from AGVM, Table 4, with United-Perception's stem. Its
+#: windows have 448 pixels, and every third block has none. 'B1' is from
 #: Sense-X/UniNet, with head_dim=32, transition='dsm' and no windows.
 ARCHS: Dict[str, Dict[str, Any]] = {
     'G': _sizes(
@@ -80,7 +80,7 @@ class UniNet(BaseModule):
     With x the input of a block and g a learnt scale per channel:
 
     - ``'fused_mbconv'``: x + BN, conv3x3, BN, GELU, SE, conv1x1, BN of x,
-      wider by ``expansion`` between the convolutions. Of expansion 1:
+      wider by ``expansion`` between the convolutions. With expansion 1:
       x + SE, conv3x3, BN of x.
     - ``'mbconv'``: likewise, with a 1x1 and a depthwise 3x3 convolution, each
       with BN and GELU, for the 3x3 one. Expansion 1 needs no 1x1 before.
@@ -88,48 +88,49 @@ class UniNet(BaseModule):
       ``x += g * MLP(LN(x))``, the MLP wider by ``expansion``.
 
     The first block of a stage that changes channels or stride has a max-pool
-    and a 1x1 convolution for a shortcut; if a transformer, it pools between
-    LN and attention, and has neither MLP nor drop path.
+    and a 1x1 convolution as its shortcut. If it is a transformer, it pools
+    between LN and attention, and has neither MLP nor drop path.
 
-    Any size of image will do. Windows at the right and lower edge are filled
-    up with zeros behind LN, which are not masked, as in United-Perception.
+    Images may have any size. Windows at the right and lower edge are padded
+    with zeros after LN, which are not masked, as in United-Perception.
     Windows of 28 in stage 4 and 14 in stage 5 are the paper's; that code has
     14 in both. Attention is in the type of its inputs, there in float32.
 
     Args:
-        arch: ``'G'``, ``'B1'`` or ``dict(stem=channels, stages=[...])``, of
+        arch: ``'G'``, ``'B1'`` or ``dict(stem=channels, stages=[...])``, with
             a dict per stage, see :class:`Stage`. Defaults to ``'G'``.
         with_se: Squeeze-and-excitation in convolutional blocks. Defaults to
-            True, of United-Perception. No source settles it: without it,
-            UniNet-G is nearer to the paper's "1 billion".
-        transition: ``'block'``, the first block of a stage changes channels
-            and stride, or ``'dsm'``, a ``DSM`` before each stage but the
-            first does. Defaults to ``'block'``, of United-Perception;
-            Sense-X/UniNet has the other. The paper does not say.
-        head_dim: Channels of an attention head. Defaults to 64, of
-            United-Perception; Sense-X/UniNet has 32. The paper does not say.
-        layer_scale: What g begins with. Defaults to 1e-6.
-        drop_path_rate: Of the last block; the first has 0, those between
-            grow evenly. Defaults to 0; United-Perception trains with 0.3.
+            True, as in United-Perception. The paper does not specify it:
+            without it, UniNet-G is nearer to the paper's "1 billion".
+        transition: With ``'block'`` the first block of a stage changes
+            channels and stride, with ``'dsm'`` a ``DSM`` before each stage
+            but the first. Defaults to ``'block'``, as in United-Perception;
+            Sense-X/UniNet has the other. The paper does not specify it.
+        head_dim: Channels of an attention head. Defaults to 64, as in
+            United-Perception; Sense-X/UniNet has 32. The paper does not
+            specify it.
+        layer_scale: Initial value of g. Defaults to 1e-6.
+        drop_path_rate: Of the last block; it grows evenly from 0 in the first
+            block. Defaults to 0; United-Perception trains with 0.3.
         norm_cfg: Of all batch norms. Defaults to ``dict(type='BN')``;
             United-Perception trains with SyncBN.
         out_indices: Stages, from 0, whose outputs are returned. Defaults to
-            (2, 4, 5), of strides 8, 16 and 32. Stages behind the last of them
+            (2, 4, 5), of strides 8, 16 and 32. Stages after the last of them
             are not built.
         frozen_stages: -1: nothing is frozen; n: the stem and the first n
             stages. Defaults to -1.
         norm_eval: Batch norms normalize by their running statistics, also
             in training. Defaults to False.
-        with_cp: Blocks keep their input alone for the backward pass, and
+        with_cp: Blocks keep only their input for the backward pass, and
             compute the rest again, see
             :func:`~mmagvm.models.checkpointing.checkpointed`. Defaults to
             False.
-        init_cfg: As of all MMEngine modules. Defaults to None: linear
-            weights truncated normal of 0.02, the last BN of a convolutional
-            block 0, convolutions as torch has them (United-Perception).
+        init_cfg: Of MMEngine modules. Defaults to None: linear weights from a
+            truncated normal of 0.02, the last BN of a convolutional block 0,
+            convolutions as in torch (United-Perception).
 
     Raises:
-        ValueError: A setting is none of the above, or does not fit another.
+        ValueError: A setting is out of range, or does not fit another.
     """
 
     def __init__(
@@ -156,14 +157,14 @@ class UniNet(BaseModule):
             )
         if not 0 <= drop_path_rate < 1:
             raise ValueError(
-                f'drop_path_rate={drop_path_rate!r} of UniNet is no '
+                f'drop_path_rate={drop_path_rate!r} of UniNet is not a '
                 'probability: write 0 or more and less than 1, such as 0.3'
             )
         if not out_indices or not all(
             index in range(len(stages)) for index in out_indices
         ):
             raise ValueError(
-                f'out_indices={out_indices!r} of UniNet are no stages: write '
+                f'out_indices={out_indices!r} of UniNet are not stages: write '
                 f'one or more of 0 to {len(stages) - 1}'
             )
         built = max(out_indices) + 1
@@ -238,9 +239,9 @@ class UniNet(BaseModule):
 
         Returns:
             (N, C, ceil(H / stride), ceil(W / stride)) of each of
-            ``out_indices``, without a norm behind; of UniNet-G, C is 384,
-            576 and 1152 and strides are 8, 16 and 32. Under autocast, those
-            of transformer stages are float32, as g is.
+            ``out_indices``, without a final norm. For UniNet-G, C is 384, 576
+            and 1152, and strides are 8, 16 and 32. Under autocast, outputs of
+            transformer stages are float32, as g is.
         """
         x = self.stem(x)
         outputs = []
@@ -253,7 +254,7 @@ class UniNet(BaseModule):
         return tuple(outputs)
 
     def train(self, mode: bool = True) -> 'UniNet':
-        """As of all modules, but what is frozen stays in evaluation."""
+        """Set the mode; frozen parts stay in evaluation."""
         super().train(mode)
         self._freeze()
         if mode and self.norm_eval:
@@ -280,15 +281,15 @@ class Stage:
     Args:
         block: ``'fused_mbconv'``, ``'mbconv'`` or ``'transformer'``.
         expansion: How many times wider a block is inside.
-        channels: That it puts out.
-        depth: Blocks.
-        stride: 1 or 2. The stem has another 2 before.
+        channels: Of its output.
+        depth: Number of blocks.
+        stride: 1 or 2, in addition to the stem's 2.
         windows: Sides of the square windows of attention, in pixels of the
-            stage, block after block and then again from the first; 0 is all
-            pixels. Of transformers alone. Defaults to (0,).
+            stage, for one block after the other, repeatedly; 0 is all pixels.
+            Of transformers only. Defaults to (0,).
 
     Raises:
-        ValueError: One of these is none of what it may be.
+        ValueError: One of these is out of range.
     """
 
     block: str
@@ -309,7 +310,7 @@ class Stage:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(
-                    f'{name}={value!r} of a stage of UniNet is no whole '
+                    f'{name}={value!r} of a stage of UniNet is not a whole '
                     'number above 0: write 1 or more'
                 )
         if self.stride > 2:
@@ -321,13 +322,14 @@ class Stage:
             isinstance(size, int) and size >= 0 for size in self.windows
         ):
             raise ValueError(
-                f'windows={self.windows!r} of a stage of UniNet are no sides '
+                f'windows={self.windows!r} of a stage of UniNet are not sides '
                 'of windows: write pixels, or 0 for all, such as (14, 14, 0)'
             )
         if any(self.windows) and self.block != 'transformer':
             raise ValueError(
                 f'windows={self.windows!r} of a stage of UniNet with '
-                f"block={self.block!r}: leave it out, or write 'transformer'"
+                f'block={self.block!r}: leave windows out, or write '
+                "block='transformer'"
             )
 
 
@@ -338,7 +340,7 @@ def read_arch(
 
     Args:
         arch: See :class:`UniNet`.
-        head_dim: By which channels of a transformer must be divisible.
+        head_dim: Channels of a transformer must be a multiple of it.
 
     Raises:
         ValueError: See :class:`UniNet`.
@@ -369,8 +371,8 @@ def read_arch(
     stem = arch['stem']
     if not isinstance(stem, int) or stem < 1:
         raise ValueError(
-            f'stem={stem!r} of UniNet is no number of channels: write 1 or '
-            'more, such as 64'
+            f'stem={stem!r} of UniNet is not a number of channels: write 1 '
+            'or more, such as 64'
         )
     for before, stage in zip([stem, *(s.channels for s in stages)], stages):
         for channels in (before, stage.channels):

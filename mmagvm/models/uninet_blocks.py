@@ -12,7 +12,7 @@ from mmagvm.models.checkpointing import checkpointed
 
 
 class _Block(nn.Module):
-    """A residual block, which may keep its input alone."""
+    """A residual block, which may keep only its input for backward."""
 
     def __init__(self, with_cp: bool) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class ConvBlock(_Block):
 
     Args:
         in_channels: Before the block.
-        channels: Behind it.
+        channels: After it.
         expansion: How many times ``in_channels`` it has inside.
         stride: 1 or 2.
         fused: A 3x3 convolution for a 1x1 and a depthwise one.
@@ -73,7 +73,7 @@ class ConvBlock(_Block):
                 ]
             )
 
-        # a 3x3 convolution that widens nothing is the last one itself
+        # with expansion 1, the 3x3 convolution is also the last one
         alone = fused and expansion == 1
         if fused and not alone:
             layers.append(build_norm(norm_cfg, in_channels))
@@ -105,10 +105,10 @@ class ConvBlock(_Block):
 
 
 class SqueezeExcitation(nn.Module):
-    """Scales channels by 0 to 1, seen from their means over all pixels.
+    """Scales channels by 0 to 1, depending on their means over all pixels.
 
-    A quarter of the channels, rounded to a multiple of 8, is between the two
-    layers (United-Perception; Sense-X/UniNet).
+    Between its two layers are a quarter of the channels, rounded to a
+    multiple of 8 (United-Perception; Sense-X/UniNet).
     """
 
     def __init__(self, channels: int) -> None:
@@ -131,13 +131,13 @@ class TransformerBlock(_Block):
 
     Args:
         in_channels: Before the block.
-        channels: Behind it. Where they differ, or with a stride, the block
+        channels: After it. Where they differ, or with a stride, the block
             has no MLP.
         expansion: Of the MLP.
         stride: 1 or 2.
         head_dim: Channels of an attention head; divides ``in_channels``.
         window: The side of a window, in pixels of the output; 0 is all.
-        layer_scale: What g begins with.
+        layer_scale: Initial value of g.
         drop_path: The chance that an image skips attention, or the MLP.
         with_cp: See ``UniNet``.
     """
@@ -191,11 +191,11 @@ class TransformerBlock(_Block):
 
 
 class Attention(nn.Module):
-    """Of all pixels to all, or to those of their window.
+    """Attention of all pixels to all, or to those of their window.
 
     Args:
         in_channels: Before it; a multiple of ``head_dim``.
-        channels: Behind it.
+        channels: After it.
         head_dim: Channels of a head.
         window: The side of a window, in pixels; 0 is all pixels.
     """
@@ -213,7 +213,7 @@ class Attention(nn.Module):
         """(N, H, W, C) to (N, H, W, channels)."""
         height, width = x.shape[1:3]
         if self.window:
-            # also a map smaller than a window is filled up to one
+            # a map smaller than a window is padded to one, too
             down, right = (-side % self.window for side in (height, width))
             x = F.pad(x, (0, 0, 0, right, 0, down))
         padded = x.shape[1:3]
@@ -251,11 +251,11 @@ class DSM(_Block):
     The local one is ``conv1x1(BN(dwconv3x3(x))) + shortcut``. The
     local-global one takes that first term for queries, which attend to all
     pixels of x; queries, and keys and values, have a LayerNorm before. The
-    shortcut is a 1x1 convolution, behind a max-pool if there is a stride.
+    shortcut is a 1x1 convolution, after a max-pool if there is a stride.
 
     Args:
         in_channels: Before the module.
-        channels: Behind it.
+        channels: After it.
         stride: 1 or 2.
         head_dim: Channels of a head of the local-global one; 0 for the local
             one.

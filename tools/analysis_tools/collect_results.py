@@ -1,4 +1,4 @@
-"""Writes the results of runs as rows, all of it read from their logs."""
+"""Writes the results of runs as rows of a table, read from their logs."""
 
 import argparse
 import sys

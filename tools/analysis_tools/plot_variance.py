@@ -1,8 +1,9 @@
-"""Draws what AGVM measured and did in one run or several.
+"""Draws AGVM's measurements and multipliers in one run or several.
 
-A panel for each run, on shared axes, a line for each module: the gradient
-variance phi (raw faint, smoothed strong), its ratio to the anchor's, the
-multiplier lr_scale, the learning rate in force and the noise scale.
+Each run has a panel, on shared axes, with a line for each module. Figures show
+the gradient variance phi (raw faint, smoothed strong), its ratio to the
+anchor's, the multiplier lr_scale, the learning rate in force, and the noise
+scale.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         default=['png', 'svg', 'pdf'],
         choices=['png', 'svg', 'pdf'],
-        help='of every picture (default: all)',
+        help='file formats of every picture (default: all)',
     )
     return parser.parse_args()
 

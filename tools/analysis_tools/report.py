@@ -1,7 +1,7 @@
 """Writes one page that compares runs; it opens without a network.
 
-Settings side by side, final metrics, curves, what AGVM measured of every
-module, and what that cost: all from what the runs logged.
+The page has settings side by side, final metrics, curves, AGVM's measurements
+of every module, and their cost. All is read from the logs of the runs.
 """
 
 import argparse
