@@ -206,7 +206,7 @@ class RevFP(nn.Module):
         )
 
     def forward(self, levels: Sequence[Tensor]) -> List[Tensor]:
-        """Take levels to as many of the same shapes, from the finest."""
+        """Fuse levels, from the finest; shapes stay the same."""
         joined: List[Tensor] = []
         for place, (node, x) in enumerate(zip(self.nodes, levels)):
             size = x.shape[-2:]
@@ -383,7 +383,7 @@ class CrossScaleShift(nn.Module):
         _init_xavier(self)
 
     def forward(self, levels: Sequence[Tensor]) -> List[Tensor]:
-        """Take levels to as many of the same shapes, from the finest."""
+        """Fuse levels, from the finest; shapes stay the same."""
         size = levels[1].shape[-2:]
         x = torch.stack([_resized(level, size) for level in levels], 1)
         wide = self.shifted(x)

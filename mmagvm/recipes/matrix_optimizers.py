@@ -474,7 +474,7 @@ def orthogonalize(
     Args:
         matrices: Of two dimensions or more; all but the first are columns.
         iterations: Newton-Schulz iterations for each of them.
-        alone: Whether this rank does all by itself. Defaults to False.
+        alone: Whether this rank does all of them. Defaults to False.
 
     Returns:
         A matrix for each, of two dimensions, in float32, or bfloat16 on CUDA.
