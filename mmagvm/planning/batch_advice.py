@@ -324,7 +324,7 @@ def advise(
 def whole_model(
     measured: Measured, cosine: np.ndarray, draws: np.ndarray
 ) -> str:
-    """The batch sizes up to which every module gains, and the last one."""
+    """Up to which batch sizes all modules gain, and the last of them."""
     old = measured.batch_size
     # the largest cosine has the smallest noise scale
     first, last = int(cosine.argmax()), int(cosine.argmin())

@@ -96,8 +96,8 @@ def _find_batch(name: str, cfg: Config) -> Tuple[int, str]:
     if named:
         return named
     return 8 * images, (
-        f"8 GPUs, mmdet's default, x {images} images, as the config does not "
-        'name another; if that is wrong, give --base-batch-size'
+        f"8 GPUs, mmdet's default, x {images} images, as the config names no "
+        'batch size; if that is wrong, give --base-batch-size'
     )
 
 

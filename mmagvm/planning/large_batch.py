@@ -271,8 +271,8 @@ def plan_optimizer(
         lr = optimizer['lr'] * rule(batch.size) / rule(batch.base)
         change: Dict[str, Any] = dict(lr=rounded(lr))
         reason = (
-            f'learning rate {optimizer["lr"]:g} -> {change["lr"]:g}: from '
-            f'batch {batch.base}, linear up to {rule.knee}, then x '
+            f'learning rate {optimizer["lr"]:g} -> {change["lr"]:g}: scaled '
+            f'from batch {batch.base}, linear up to {rule.knee}, then x '
             f'{rule.growth:.3f} per doubling ({origin})'
         )
     else:

@@ -187,7 +187,7 @@ def parts_table(training: Training, update: Update) -> str:
         ('whole', update.total),
     ]
     return table(
-        ('part', 'ms an update', 'of training', 'share'),
+        ('part', 'ms per update', 'of training', 'share'),
         [
             (
                 name,
@@ -209,7 +209,7 @@ def gpus_table(rows: Sequence[Tuple[Training, Update]]) -> str:
             'updates',
             'learning rate',
             'warm-up',
-            'ms an update',
+            'ms per update',
             'all-reduce',
             'AGVM',
             'efficiency',
@@ -268,10 +268,10 @@ def report(
         f'from {wanted.begin}: {100 * wanted.measured:.1f} % of all\n'
         f'- gradients: {gradients.sent * gradients.size / 1e6:.1f} MB in '
         f'{gradients.buckets} buckets, of {gradients.modules} modules\n'
-        f'- {cluster.compute * 1e3:.1f} ms an iteration without '
+        f'- {cluster.compute * 1e3:.1f} ms per iteration without '
         f'communication, {source}\n'
         f'- {cluster.bandwidth * 8 / 1e9:g} Gbit/s, '
-        f'{cluster.latency * 1e6:.2f} us a step of the ring, '
+        f'{cluster.latency * 1e6:.2f} us per step of the ring, '
         f'{100 * cluster.overlap:.0f} % hidden\n\n'
         f'{parts_table(wanted, update)}\n\n'
         f'With {batch.images_per_gpu * batch.accumulation} images on each '

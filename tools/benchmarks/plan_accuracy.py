@@ -203,7 +203,7 @@ def report(results: Dict[str, Any]) -> str:
         + f'; {results["settings"]["repetitions"]} repetitions. Load average '
         'of the machine just before: '
         f'{results["load_before"]:.1f}. Calibrated: '
-        f'{cluster["compute"] * 1e3:.0f} ms an update on one rank, '
+        f'{cluster["compute"] * 1e3:.0f} ms per update on one rank, '
         f'{cluster["bandwidth"] * 8e-9:.2f} Gbit/s, '
         f'{cluster["latency"] * 1e6:.0f} us. Medians with their 95 % '
         'interval.\n\n'

@@ -22,7 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--begin',
         type=int,
-        help='first iteration to use (default: use the second half of the '
+        help='first iteration to use (default: the second half of the '
         'measurements)',
     )
     parser.add_argument(

@@ -38,8 +38,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--out',
         type=Path,
-        help='JSON lines file with one line per config, written at once; '
-        'configs that are already in it are not built again',
+        help='file of JSON lines, one for each config, written as soon as it '
+        'is known; configs that are already in it are not built again',
     )
     args = parser.parse_args()
     if bool(args.configs) == bool(args.all):

@@ -37,7 +37,9 @@ def parse_args() -> argparse.Namespace:
         required=True,
         help='images per update, over all GPUs and micro-batches',
     )
-    parser.add_argument('--gpus', type=int, required=True)
+    parser.add_argument(
+        '--gpus', type=int, required=True, help='GPUs of the training'
+    )
     parser.add_argument(
         '--optimizer',
         help=f"change to one of {', '.join(OPTIONS)} (default: the config's)",

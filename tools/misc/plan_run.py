@@ -37,8 +37,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'config', help="file, or name such as 'mmdet::retinanet/...'"
     )
-    parser.add_argument('--gpus', type=int, required=True)
-    parser.add_argument('--images-per-gpu', type=int, required=True)
+    parser.add_argument(
+        '--gpus', type=int, required=True, help='GPUs of the training'
+    )
+    parser.add_argument(
+        '--images-per-gpu',
+        type=int,
+        required=True,
+        help='images of a GPU in an iteration',
+    )
     parser.add_argument(
         '--batch-size',
         type=int,
@@ -111,13 +118,13 @@ def parse_args() -> argparse.Namespace:
         type=int,
         nargs=2,
         metavar=('HEIGHT', 'WIDTH'),
-        help="of --profile (default: the pipeline's largest)",
+        help="image size of --profile (default: the pipeline's largest)",
     )
     parser.add_argument(
         '--repetitions',
         type=int,
         default=5,
-        help='iterations that --profile takes the median of (default: 5)',
+        help='timed iterations of --profile (default: 5)',
     )
     return parser.parse_args()
 
