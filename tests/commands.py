@@ -1,4 +1,4 @@
-"""Whole commands of the tools, on the toy, and what they leave behind."""
+"""Runs whole commands of the tools on the toy, and reads their files."""
 
 import importlib.util
 import os
@@ -28,7 +28,7 @@ def load_command(path: str) -> ModuleType:
 
 
 def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
-    """As MMEngine does: its fork ends torch's permission after each load."""
+    """As MMEngine does; its fork withdraws its safe types after each load."""
     checkpoint: Dict[str, Any] = CheckpointLoader.load_checkpoint(
         str(path), map_location='cpu'
     )
@@ -58,7 +58,7 @@ def start(*args: object, **env: object) -> 'subprocess.Popen[str]':
 
 
 def finish(process: 'subprocess.Popen[str]', code: int = 0) -> str:
-    """What a command printed; it must end, with this exit status."""
+    """The output of a command, which must end with this exit status."""
     try:
         output, _ = process.communicate(timeout=500)
     except subprocess.TimeoutExpired:
@@ -69,7 +69,7 @@ def finish(process: 'subprocess.Popen[str]', code: int = 0) -> str:
 
 
 def run(*args: object, code: int = 0, **env: object) -> str:
-    """What a command prints until it ends, with this exit status."""
+    """The output of a command, which must end with this exit status."""
     return finish(start(*args, **env), code)
 
 

@@ -11,7 +11,7 @@ from mmengine.logging import MMLogger
 import mmagvm  # noqa: F401  registers everything
 
 warnings.filterwarnings('ignore')
-# threads cost more than toys gain from them, above all on a busy machine
+# threads cost toys more than they gain, especially on a busy machine
 torch.set_num_threads(1)
 
 #: Files whose tests start many processes or train real models, longest first.
@@ -27,9 +27,9 @@ SLOW = (
 def pytest_collection_modifyitems(
     config: pytest.Config, items: List[pytest.Item]
 ) -> None:
-    """Mark slow files, and begin with them, or one would end alone.
+    """Mark slow files, and begin with them, so that none of them ends alone.
 
-    What is marked ``sweep`` runs only if ``-m`` asks for it.
+    Tests marked ``sweep`` run only if ``-m`` selects them.
     """
     if 'sweep' not in config.getoption('-m'):
         items[:] = [i for i in items if i.get_closest_marker('sweep') is None]

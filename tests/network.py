@@ -13,14 +13,14 @@ from commands import start
 
 
 def ip(*args: str) -> None:
-    """Run the command ``ip``; its complaint is part of the error."""
+    """Run the command ``ip``; the error contains its message."""
     done = subprocess.run(['ip', *args], capture_output=True, text=True)
     if done.returncode:
         raise OSError(f'ip {" ".join(args)}: {done.stderr.strip()}')
 
 
 def reason_against() -> Optional[str]:
-    """Why no namespaces can be made here, and how they could; or None."""
+    """Why no namespaces can be made here, with a way out; or None."""
     if shutil.which('ip') is None:
         return 'needs the command ip: apt-get install iproute2'
     try:
@@ -76,7 +76,7 @@ class Network:
         return f'198.18.0.{node + 1}'
 
     def link(self, node: int) -> Tuple[str, ...]:
-        """Arguments of ``ip`` that, with 'down' or 'up', cut or mend it."""
+        """Arguments of ``ip``; 'down' or 'up' after them cut or restore it."""
         return ('-n', self.switch, 'link', 'set', f'port{node}')
 
     def start(

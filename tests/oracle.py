@@ -181,7 +181,7 @@ class Oracle:
 
 
 def mean(vectors: List[Vectors]) -> Vectors:
-    """The mean of gradients; one that a vector lacks is zero there."""
+    """The mean of gradients; a missing one counts as zero."""
     names = dict.fromkeys(name for vector in vectors for name in vector)
     zero = torch.zeros(())
     return {

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 def run_ranks(
     world_size: int, function: Callable[..., Any], *args: Any
 ) -> List[Any]:
-    """``function(rank, world_size, *args)`` on each rank; their results.
+    """The results of ``function(rank, world_size, *args)`` on each rank.
 
     An exception on any rank is raised here, with its traceback.
     """

@@ -12,7 +12,7 @@ from toy import make_batch, make_model
 
 from mmagvm.core import AGVM, Settings, module_groups
 
-#: What is gathered at a time, beside the rest.
+#: Modules that are gathered one at a time, besides the rest.
 UNITS = ('backbone.0', 'backbone.2', 'neck')
 
 
@@ -84,7 +84,7 @@ def train(
     neck_twice: bool = False,
     **wrap: Any,
 ) -> Dict[str, Any]:
-    """What a few updates of the toy give.
+    """The results of a few updates of the toy.
 
     Args:
         rank: Of this process.
@@ -93,7 +93,7 @@ def train(
         sharded_ranks: Take the batches that rank and micro-batch would get on
             so many ranks.
         poison: The rank that gets NaN in an update.
-        wrap: Of :func:`wrapped`; others are what they are called.
+        wrap: Options of :func:`wrapped`.
     """
     model = make_model(idle_head=idle_head).to(dtype)
     if neck_twice:

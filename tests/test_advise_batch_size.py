@@ -197,7 +197,7 @@ def test_no_signal_is_undefined_and_unbounded(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_split_is_told_of(tmp_path, monkeypatch, capsys):
+def test_split_is_reported(tmp_path, monkeypatch, capsys):
     advise(monkeypatch, write_run(tmp_path, (400, 40), noise_scale=False))
     assert "estimator='split' logs no noise scale" in capsys.readouterr().out
 

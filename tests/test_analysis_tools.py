@@ -113,12 +113,12 @@ def test_pieces_of_a_resumed_run_join(tmp_path):
     assert run_summary.commit(run) == '0.1.0+g0001, then 0.1.0+g0002'
 
 
-def test_training_begun_anew_counts_alone(tmp_path):
+def test_training_started_over_counts_alone(tmp_path):
     write_run(tmp_path, lines_to(50, phi=1.0), '20260101_000001')
     write_run(tmp_path, lines_to(30, phi=0.5), '20260101_000002')
     run = load_run(tmp_path)
     assert run.series['agvm_variance/backbone'][1].tolist() == [0.5] * 3
-    assert 'training began anew' in run.notes[0]
+    assert 'training started over' in run.notes[0]
     assert len(run.logs) == 1
 
 
@@ -141,7 +141,7 @@ def test_hierarchical_tags_are_the_same(tmp_path):
     assert 'loss' in run.series and 'mAP' in run.metrics
 
 
-def test_damaged_line_is_told(tmp_path):
+def test_damaged_line_is_reported(tmp_path):
     write_run(tmp_path, lines_to(30))
     file = next(tmp_path.glob('*/vis_data/scalars.json'))
     file.write_text(file.read_text()[:-20])  # as a killed run leaves it
@@ -228,7 +228,7 @@ def test_panels_share_axes_and_colours(tmp_path, count, grid):
     figures.plt.close(figure)
 
 
-def test_what_is_missing_is_told(tmp_path):
+def test_what_is_missing_is_reported(tmp_path):
     lines = lines_to(60)
     for line in lines[2:4]:
         line['agvm_variance/neck'] = NAN
@@ -236,14 +236,16 @@ def test_what_is_missing_is_told(tmp_path):
         del line['agvm/measured']
     short = load_run(write_run(tmp_path / 'short', lines))
     long = load_run(write_run(tmp_path / 'long', lines_to(90)))
-    told = '\n'.join(figures.remarks([short, long], list(figures.QUANTITIES)))
+    output = '\n'.join(
+        figures.remarks([short, long], list(figures.QUANTITIES))
+    )
     for text in (
         'short: ends at iteration 60, the longest run at 90',
         'short: agvm/measured was not logged',
         'short: variance of neck is NaN or infinite in 2 of 6 measurements',
         "long: no noise_scale: not logged: only estimator='pairs' measures it",
     ):
-        assert text in told
+        assert text in output
     figure = figures.draw([short, long], ['noise_scale'])
     assert 'not logged' in figure.axes[0].texts[0].get_text()
     figures.plt.close(figure)
@@ -311,7 +313,7 @@ def test_results_are_collected(tmp_path, monkeypatch, capsys):
         ([2, 2, 2], 0.0, None),
         ([2, NAN, 2], 0.3, None),  # it recovered
         ([2, NAN, 2], 0.0, 'no validation after it found anything'),
-        ([2, NAN, 2], None, None),  # who knows
+        ([2, NAN, 2], None, None),  # unknown
         ([2, 2, INF], 0.3, 'from iteration 30'),
     ],
 )
@@ -320,8 +322,8 @@ def test_divergence(tmp_path, losses, mean_ap, expected):
     if mean_ap is not None:
         lines.append({'mIoU': mean_ap, 'step': 1})
     run = load_run(write_run(tmp_path, lines))
-    told = run_summary.divergence(run)
-    assert told is None if expected is None else expected in told
+    found = run_summary.divergence(run)
+    assert found is None if expected is None else expected in found
 
 
 def test_time_of_measuring(tmp_path):
@@ -418,7 +420,7 @@ def test_bad_input_is_refused(tool, kind, tmp_path, monkeypatch):
             nowhere='no such work dir',
             empty='no training was logged',
             plain='its config trains with AmpOptimWrapper',
-            no_hook='is AGVMHook in its custom_hooks?',
+            no_hook='check that AGVMHook is in its custom_hooks',
         )
         assert expected[kind] in message
     assert not list(tmp_path.glob('**/*.html'))

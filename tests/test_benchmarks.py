@@ -42,7 +42,7 @@ def build(variant):
 def count_updates(rank, variant):
     """Bytes, profiled elements and reads of updates 2 and 3."""
     wrapper, model, _ = build(variant)
-    # before its second update DDP tells the ranks its new buckets
+    # before its second update DDP sends its new buckets to the ranks
     train(model, wrapper, 2, rank)
     counts = []
     for number in (2, 3):
@@ -362,7 +362,7 @@ def test_summary_is_of_the_slowest_rank():
     assert row in step_cost.tables(results)
 
 
-def test_steps_of_optimizers_are_told_apart():
+def test_steps_of_optimizers_are_distinguished():
     pytest.importorskip('pytorch_optimizer')
     model = make_model().float()
     step = optimizer_cost.time_steps(

@@ -129,7 +129,7 @@ def test_senseless_setting_is_refused(options):
         CGBN(CHANNELS, **{'bn_size': 16, **options})
 
 
-def test_norm_eval_that_switches_it_off_is_told():
+def test_norm_eval_that_switches_it_off_is_reported():
     model = nn.ModuleDict(dict(backbone=nn.Sequential(CGBN(CHANNELS, 16))))
     assert useless_sync_bn(model) == []
     model['backbone'].norm_eval = True

@@ -31,7 +31,7 @@ from mmagvm.core.modulator import Modulator
 
 
 def on_ranks(rank, world_size, folder, port):
-    """What both ranks find in each case, where rank 1 is broken."""
+    """The results of both ranks in each case, where rank 1 is broken."""
     store = dist.TCPStore('127.0.0.1', port, world_size, rank == 0)
     os.environ['LOCAL_RANK'] = str(rank)
     results = []
@@ -46,13 +46,13 @@ def on_ranks(rank, world_size, folder, port):
         if check is resumed_run:
             check = partial(check, work_dir=folder / str(case))
         with pytest.MonkeyPatch.context() as patch:
-            # a state that is lost on one rank only makes ranks wait in vain
+            # a state that is lost on one rank only makes the ranks hang
             everywhere = breakage in (forgets_agvm, forgets_moments)
             if breakage is not None and (rank == 1 or everywhere):
                 breakage(patch)
             own = run_one('it', check, ranks)
-        told = ranks.gather('result', own.as_dict())
-        results.append(of_all_ranks([Result(**result) for result in told]))
+        gathered = ranks.gather('result', own.as_dict())
+        results.append(of_all_ranks([Result(**result) for result in gathered]))
     dist.barrier()  # the store lives on rank 0
     return results
 
@@ -145,9 +145,9 @@ def sees_no_checkpoint(patch):
 
 
 VARIANCE = [
-    (partial(check_variance, estimator, dtype), wrong_variance, FAILED, told)
+    (partial(check_variance, estimator, dtype), wrong_variance, FAILED, part)
     for estimator in ('split', 'pairs')
-    for dtype, told in ((None, 'fp32'), (torch.bfloat16, 'bf16'))
+    for dtype, part in ((None, 'fp32'), (torch.bfloat16, 'bf16'))
 ]
 VARIANCE += [
     (
@@ -156,7 +156,7 @@ VARIANCE += [
     )
     for estimator in ('split', 'pairs')
 ]
-#: A check, what is wrong on rank 1, what is found, and a part of what is told.
+#: A check, what is wrong on rank 1, the result, and a part of its sentence.
 CASES = [
     (environment.same_versions, other_torch, FAILED, 'torch is 2.0.0'),
     (environment.mmcv_ops, no_operators, FAILED, 'no kernel image'),
@@ -173,9 +173,9 @@ CASES = [
 
 @pytest.mark.parametrize('case', range(len(CASES)))
 def test_check_fails_where_something_is_broken(found, case):
-    *_, status, told = CASES[case]
+    *_, status, part = CASES[case]
     assert found[case].status == status, found[case].sentence
-    assert told in found[case].sentence
+    assert part in found[case].sentence
     if status == FAILED:
         assert re.match('ranks? (0, 1|1): ', found[case].sentence)
 
@@ -215,7 +215,7 @@ def test_what_does_not_apply_says_why(check, why):
     assert why in result.sentence
 
 
-def test_times_are_told_and_never_fail():
+def test_times_are_reported_and_never_fail():
     result = run_one('it', time_of_updates, Ranks.here())
     assert result.status == PASSED
     assert result.numbers['milliseconds'] > 0
@@ -251,21 +251,21 @@ def test_error_of_a_check_is_a_failure_and_the_next_one_runs():
 def test_command_passes_here(tmp_path):
     output = run('python', 'tools/check_setup.py', '--work-dir', tmp_path)
     file = tmp_path / 'check_setup.json'
-    told = json.loads(file.read_text())
-    assert told['passed'] is True
-    assert told['versions']['torch'] == torch.__version__
-    status = {result['name']: result['status'] for result in told['results']}
+    report = json.loads(file.read_text())
+    assert report['passed'] is True
+    assert report['versions']['torch'] == torch.__version__
+    status = {result['name']: result['status'] for result in report['results']}
     assert [*status] == [name for name, _ in checklist(tmp_path)]
     lacking = {'all-reduce between nodes', 'SyncBN'}
     for name, state in status.items():
         assert state == (NOT_APPLICABLE if name in lacking else PASSED), name
-    for result in told['results']:
+    for result in report['results']:
         assert result['sentence'] in output
     assert '15 passed, 0 failed, 2 not applicable' in output
 
 
 def test_rank_that_fails_ends_all_with_a_table(tmp_path):
-    """The other one waits in a collective, and nothing after it is known."""
+    """The other one hangs in a collective, and later results are unknown."""
     port = free_port()
     output = run(
         *('python', 'tools/dist_run.py', '--nnodes=1', '--node_rank=0'),
@@ -275,9 +275,9 @@ def test_rank_that_fails_ends_all_with_a_table(tmp_path):
         code=1,
         PORT=port,
     )
-    told = json.loads((tmp_path / 'check_setup.json').read_text())
-    assert told['passed'] is False
-    results = {result['name']: result for result in told['results']}
+    report = json.loads((tmp_path / 'check_setup.json').read_text())
+    assert report['passed'] is False
+    results = {result['name']: result for result in report['results']}
     assert results['all-reduce within a node']['status'] == PASSED
     broken = results['phi of split, fp32']
     assert broken['status'] == FAILED

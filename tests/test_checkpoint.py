@@ -35,7 +35,7 @@ def trained(optimizer='SGD', updates=4, **settings):
 
 @pytest.fixture(autouse=True)
 def allowed():
-    """The fork disallows after each load what it allows for it."""
+    """The fork allows types for each load, and disallows them after it."""
     allow_checkpoints()
 
 
@@ -96,7 +96,7 @@ def test_checkpoint_with_other_modules(tmp_path, log):
     )
     assert other.modulator.lr_scale['roi_head'] == 1
     assert math.isnan(other.modulator.history[0][1][0])
-    # every parameter found its own moments, though the groups are cut anew
+    # every parameter has its own moments, although the groups differ
     ours, theirs = dict(model.named_parameters()), wrapper.optimizer.state
     for name, param in other_model.named_parameters():
         assert torch.equal(
@@ -159,7 +159,7 @@ def test_another_anchor_on_resume_starts_at_one():
 
 
 def test_group_that_was_frozen_joins_the_schedule():
-    """Its learning rate is decayed as that of the others was."""
+    """Its learning rate is decayed like that of the others."""
     model = make_model()
     model.neck.requires_grad_(False)
     wrapper = build_optim_wrapper(model, wrapper_cfg())
@@ -288,24 +288,26 @@ def backwards(model):
 
 
 @pytest.mark.parametrize(
-    'groups_of, told',
+    'groups_of, message',
     [
         (three_groups, 'without names in 3 groups .*another constructor'),
         (backwards, 'of other shapes, such as where backbone.0.weight'),
     ],
 )
-def test_parameters_without_names_are_never_guessed(groups_of, told, tmp_path):
+def test_parameters_without_names_are_never_guessed(
+    groups_of, message, tmp_path
+):
     _, plain = plain_run(groups_of)
     saved = through_a_file(plain.state_dict(), tmp_path)
     model = make_model()
     wrapper = build_optim_wrapper(model, wrapper_cfg('AdamW'))
     before = copy.deepcopy(wrapper.state_dict())
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         wrapper.load_state_dict(saved)
     assert wrapper.state_dict() == before
 
 
-def test_state_of_another_shape_is_left_out_and_told(tmp_path, log):
+def test_state_of_another_shape_is_left_out_and_reported(tmp_path, log):
     """As of a head for other classes, whose name is the same."""
     model, wrapper = trained('AdamW')
     saved = through_a_file(wrapper.state_dict(), tmp_path)
@@ -315,9 +317,9 @@ def test_state_of_another_shape_is_left_out_and_told(tmp_path, log):
         other, wrapper_cfg('AdamW', accumulative_counts=2)
     )
     ours.load_state_dict(saved)
-    (told,) = (line for line in log if 'another shape' in line)
-    assert 'has 2 parameter(s) in another shape' in told
-    assert 'roi_head.bbox_head.weight' in told
+    (message,) = (line for line in log if 'another shape' in line)
+    assert 'has 2 parameter(s) in another shape' in message
+    assert 'roi_head.bbox_head.weight' in message
     state = ours.optimizer.state
     assert not state.get(other.roi_head['bbox_head'].weight)
     assert torch.equal(
@@ -402,7 +404,7 @@ def renamed(state, old, new):
     return state
 
 
-def test_parameters_that_a_checkpoint_does_not_know_are_told(log):
+def test_parameters_that_a_checkpoint_does_not_know_are_reported(log):
     _, wrapper = trained()
     state = renamed(wrapper.state_dict(), 'neck.', 'fpn.')
     model, other = trained(updates=0)

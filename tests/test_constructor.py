@@ -76,7 +76,7 @@ def test_anchor_is_the_image_encoder_where_there_is_no_backbone():
     del model.image_encoder
     with pytest.raises(
         ValueError,
-        match=r"anchor='backbone' is no module with trainable parameters: set "
+        match=r"anchor='backbone' is not a module with trainable .*: set "
         r"anchor to one of \['text_encoder', 'decode_head'\]",
     ):
         build_optim_wrapper(model, wrapper_cfg())
@@ -87,7 +87,7 @@ def test_anchor_that_was_chosen_is_taken_or_refused():
     assert find_anchor(modules) == 'backbone'
     assert find_anchor(modules[:2]) == 'student.backbone'
     assert find_anchor(modules, 'student.neck') == 'student.neck'
-    with pytest.raises(ValueError, match="anchor='neck' is no module"):
+    with pytest.raises(ValueError, match="anchor='neck' is not a module"):
         find_anchor(modules, 'neck')
 
 
@@ -382,7 +382,7 @@ def test_options_that_mean_nothing_are_refused(base, key, kept):
     value = {} if key == 'custom_keys' else 0.5
     with pytest.raises(
         ValueError,
-        match=f"paramwise_cfg key '{key}' means nothing to {base}.*"
+        match=f"paramwise_cfg key '{key}' is not used by {base}.*"
         'base_constructor',
     ):
         composed(base, {key: value, **kept})

@@ -163,7 +163,7 @@ def test_modules_are_found_and_may_be_named():
 
 
 def check_against_oracle(loop, ranks=1, updates=6, **kwargs):
-    """The multipliers and weights that brute force comes to."""
+    """The multipliers and weights by brute force."""
     settings = dict(MEASURED, estimator=loop.agvm.settings.estimator)
     bare = getattr(loop.model, 'module', loop.model)
     oracle = Oracle(
@@ -348,7 +348,7 @@ def test_gradients_that_were_thrown_away_do_not_count():
 def test_update_of_an_interrupted_accumulation_is_no_error():
     model = make_model()
     wrapper = toy_wrapper(model)
-    wrapper.initialize_count_status(model, 1, 8)  # resumed in its midst
+    wrapper.initialize_count_status(model, 1, 8)  # resumed inside of it
     for iteration in range(1, 8):
         with wrapper.optim_context(model):
             loss = model(make_batch(iteration, 0, 0))
@@ -357,7 +357,7 @@ def test_update_of_an_interrupted_accumulation_is_no_error():
     assert [update for update, _ in wrapper.modulator.history] == [2]
 
 
-def test_another_number_of_backward_passes_is_told_later(caplog):
+def test_another_number_of_backward_passes_is_reported_later(caplog):
     model = make_model()
     wrapper = toy_wrapper(model, interval=1)
     train(model, wrapper, 10, accumulation=2)
@@ -368,7 +368,7 @@ def test_another_number_of_backward_passes_is_told_later(caplog):
     with mock.patch('mmagvm.core.missed.logger') as logger:
         wrapper.step()
     assert 'due and is not measured' in logger.warning.call_args[0][0]
-    assert 'another number of backward' in wrapper.agvm.why_missed()
+    assert 'more or fewer backward passes' in wrapper.agvm.why_missed()
     assert wrapper.modulator.measured == 10
 
 
@@ -463,7 +463,7 @@ def test_all_that_is_logged():
     assert loop.agvm.noise_scale == {}
 
 
-def test_steps_that_are_not_measured_are_told(log):
+def test_steps_that_are_not_measured_are_reported(log):
     loop = Loop(begin=1)
     loop.train(2)
     assert loop.agvm.why_missed() == ''
@@ -472,8 +472,8 @@ def test_steps_that_are_not_measured_are_told(log):
         with loop.agvm.scaled_step():
             loop.optimizer.step()
     loop.optimizer.step()
-    told = [line for line in log if 'inside of agvm.micro_batch()' in line]
-    assert len(told) == 1 and 'update 3 was due and is not' in told[0]
+    lines = [line for line in log if 'inside of agvm.micro_batch()' in line]
+    assert len(lines) == 1 and 'update 3 was due and is not' in lines[0]
     assert 'a step is neither measured nor modulated' in log[-1]
     reasons = loop.agvm.why_missed().split('; ')
     assert [reason[-9:] for reason in reasons] == ['(1 times)'] * 2
@@ -574,7 +574,7 @@ def test_parameters_that_are_added_later_are_refused():
         loop.train(1)
 
 
-def test_batch_that_is_told_before_loading_counts():
+def test_batch_that_is_set_before_loading_counts():
     loop = Loop(estimator='pairs', interval=1)
     loop.agvm.set_batch(
         dict(ranks=1, images_per_rank=2, accumulative_counts=2)

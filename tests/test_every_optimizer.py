@@ -51,13 +51,13 @@ OPTIONS = {
 }
 
 
-#: They move at the smallest rate, or rotate by what six gradients leave open,
-#: so that two runs are not at the same weights or in the same basis.
+#: They move at the smallest rate, or rotate by a basis that six gradients do
+#: not determine, so that two runs differ in weights or basis.
 NOT_AT_REST = {'AdaBound', 'AvaGrad', 'DualAdam', 'SOAP'}
 
 
 class Net(nn.Module):
-    """Two modules, of matrices large enough for who factors them."""
+    """Two modules, with matrices large enough to be factored."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The example that is no OpenMMLab's: two ranks of torchvision's detector."""
+"""The example without OpenMMLab: two ranks train torchvision's detector."""
 
 import re
 import sys
@@ -21,7 +21,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 def train(*args):
-    """What each of two ranks prints, started as torchrun does."""
+    """The output of each of two ranks, started as torchrun does."""
     port = free_port()
     ranks = [
         start(

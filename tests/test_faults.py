@@ -138,7 +138,7 @@ def test_no_readable_checkpoint_is_an_error(work_dir, spoil):
 
 
 def test_flipped_bits_are_found(whole, tmp_path):
-    """Wherever a bit flips, it is noticed or changes nothing."""
+    """Any flipped bit is noticed, or changes nothing."""
     path, found = tmp_path / 'epoch_1.pth', 0
     good = load_checkpoint(whole / 'epoch_1.pth')
     size = (whole / 'epoch_1.pth').stat().st_size
@@ -192,7 +192,7 @@ def test_checkpoint_of_two_ranks_goes_on_with_one(work_dir):
     assert f'{work_dir}/epoch_2.pth is damaged' in output
     batch = "'ranks': 2, 'images_per_rank': 4, 'accumulative_counts': 1"
     assert batch in output
-    assert 'lr_scale goes on from where it was' in output
+    assert 'lr_scale keeps its values' in output
     before, after = (
         load_checkpoint(work_dir / f'epoch_{epoch}.pth')['optimizer']['agvm']
         for epoch in (1, 2)
@@ -205,16 +205,16 @@ def test_checkpoint_of_two_ranks_goes_on_with_one(work_dir):
 
 @pytest.fixture(scope='module')
 def lonely_nodes():
-    """What one node of two tells that the other does not meet, by case."""
+    """The output of one of two nodes that do not meet, by case."""
     mute = socket.socket()  # accepts connections and never answers
     mute.bind(('127.0.0.1', 0))
     mute.listen()
-    nobody = dict(NODE_RANK='1', MASTER_ADDR='no-such-host.invalid')
+    no_host = dict(NODE_RANK='1', MASTER_ADDR='no-such-host.invalid')
     cases = {
         'node 1 never comes': dict(NODE_RANK='0'),
-        'nobody listens': dict(NODE_RANK='1'),
-        'no such host': nobody,
-        'no such host, seen from node 0': dict(nobody, NODE_RANK='0'),
+        'nothing listens': dict(NODE_RANK='1'),
+        'no such host': no_host,
+        'no such host, seen from node 0': dict(no_host, NODE_RANK='0'),
         'another program listens': dict(
             NODE_RANK='1', PORT=str(mute.getsockname()[1])
         ),
@@ -234,7 +234,7 @@ def lonely_nodes():
     'case, named',
     [
         ('node 1 never comes', 'NNODES=2 and NODE_RANK=0'),
-        ('nobody listens', 'MASTER_ADDR=127.0.0.1 is node 0'),
+        ('nothing listens', 'MASTER_ADDR=127.0.0.1 is node 0'),
         ('no such host', 'MASTER_ADDR=no-such-host.invalid'),
         ('no such host, seen from node 0', 'MASTER_ADDR=no-such-host.inv'),
         ('another program listens', 'nothing else uses PORT='),
@@ -264,7 +264,7 @@ def test_rank_that_never_joins_is_named(tmp_path):
 
 
 def test_rank_that_hangs_in_the_first_collective(tmp_path):
-    """It came, and then does not take part: the others end all the same."""
+    """It joins, and then hangs: the others end all the same."""
     script = tmp_path / 'script.py'
     script.write_text("""
 import contextlib
@@ -289,7 +289,7 @@ runner.join_ranks(Config(dict(launcher='pytorch')))
 
 
 def test_node_that_restarts_later_is_waited_for(tmp_path):
-    """Another node may take as long as a collective to hear of a loss."""
+    """Another node may notice a loss as late as a collective does."""
     script = tmp_path / 'script.py'
     script.write_text("""
 import os

@@ -1,4 +1,4 @@
-"""The order of the rooms: nothing imports what is above it."""
+"""The order of the packages: none imports one above it."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 #: From the bottom to the top; each may import itself and what is before it.
-ROOMS = [
+PACKAGES = [
     (
         *('mmagvm.version', 'mmagvm.errors'),
         *('mmagvm.markdown', 'mmagvm.strict_json'),
@@ -38,9 +38,9 @@ def imported(path):
 
 
 def layer(name):
-    """The place of a module in ROOMS; None for those of other packages."""
-    for place, rooms in enumerate(ROOMS):
-        if any(f'{name}.'.startswith(f'{room}.') for room in rooms):
+    """The place of a module in PACKAGES; None for those of other packages."""
+    for place, packages in enumerate(PACKAGES):
+        if any(f'{name}.'.startswith(f'{room}.') for room in packages):
             return place
     return None
 
@@ -67,6 +67,6 @@ def test_nothing_imports_what_is_above(path):
 @pytest.mark.parametrize(
     'path', SOURCES, ids=lambda path: str(path.relative_to(ROOT))
 )
-def test_nobody_edits_the_import_path(path):
+def test_import_path_is_not_edited(path):
     if path != Path(__file__):
         assert 'sys.path' not in path.read_text()

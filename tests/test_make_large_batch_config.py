@@ -484,7 +484,7 @@ def planned(name, batch=480, gpus=32, base=None, file=None):
 
 
 @pytest.mark.parametrize(
-    'name, base, changed, told',
+    'name, base, changed, notes',
     [
         (
             'mmdet::yolox/yolox_s_8xb8-300e_coco.py',
@@ -532,7 +532,7 @@ def planned(name, batch=480, gpus=32, base=None, file=None):
     ],
     ids=['YOLOX', 'RTMDet', 'SoftTeacher', 'DynamicRCNN', 'TOOD', 'EMANet'],
 )
-def test_what_counts_is_converted_or_named(name, base, changed, told):
+def test_what_counts_is_converted_or_named(name, base, changed, notes):
     result = planned(name, base=base)
     hooks = result.diff['custom_hooks']
     averages = [hook for hook in hooks if 'momentum' in hook]
@@ -540,7 +540,7 @@ def test_what_counts_is_converted_or_named(name, base, changed, told):
     for key, value in changed.items():
         assert averages[0][key] == pytest.approx(value, rel=1e-3)
     text = ' '.join(result.reasons)
-    for part in told:
+    for part in notes:
         assert part in text
 
 
@@ -583,10 +583,10 @@ def test_decay_of_each_iteration_is_converted():
 
 def test_moving_average_forgets_as_fast():
     hook = dict(type='EMAHook', begin_iter=800, ema_type='ExpMomentumEMA')
-    new, told = convert_average(hook, 4)
+    new, note = convert_average(hook, 4)
     assert new['momentum'] == pytest.approx(1 - 0.9998**4, rel=1e-3)
     assert (new['gamma'], new['begin_iter']) == (500, 200)
-    assert 'begin_iter 800 -> 200' in told
+    assert 'begin_iter 800 -> 200' in note
     assert convert_average(hook, 1) is None
     assert convert_average(dict(type='CheckInvalidLossHook'), 4) is None
 
@@ -821,13 +821,13 @@ def test_accumulation_of_the_original_counts():
 
 def test_shard_writes_the_strategy_and_moves_settings(make, own):
     file = own(lines="activation_checkpointing = ['backbone']")
-    cfg, _, told = make(file, '--batch-size', '64', '--gpus', '4', '--shard')
+    cfg, _, output = make(file, '--batch-size', '64', '--gpus', '4', '--shard')
     assert cfg.runner_type == 'FlexibleRunner'
     assert cfg.strategy == dict(
         type='FullyShardStrategy', activation_checkpointing=['backbone']
     )
     assert not cfg.activation_checkpointing
-    assert '4 shards; 16 units are gathered one at a time, from' in told
+    assert '4 shards; 16 units are gathered one at a time, from' in output
     refuse_ignored_settings(cfg)
 
 

@@ -76,16 +76,16 @@ def test_nodes_are_checked(tmp_path):
             *('bash', 'tools/dist_check.sh', 1, '--work-dir', tmp_path)
         )
         outputs = [finish(process) for process in processes]
-    told = json.loads((tmp_path / 'check_setup.json').read_text())
-    status = {result['name']: result['status'] for result in told['results']}
-    assert told['passed']
+    report = json.loads((tmp_path / 'check_setup.json').read_text())
+    status = {result['name']: result['status'] for result in report['results']}
+    assert report['passed']
     assert status['all-reduce between nodes'] == 'passed'
     assert status['all-reduce within a node'] == 'not applicable'
     assert '0 failed' in outputs[0]
-    assert 'passed' not in outputs[1]  # rank 0 tells
+    assert 'passed' not in outputs[1]  # only rank 0 reports
 
 
-def test_cut_link_is_told_and_restarting_resumes(one_node, tmp_path):
+def test_cut_link_is_reported_and_restarting_resumes(one_node, tmp_path):
     config = write_config(tmp_path / 'run', hook='CutLink')
     with Network(3) as network:
         cut = ' '.join(('ip', *network.link(2), 'down'))

@@ -171,7 +171,7 @@ def test_optimizer_in_an_optimizer_is_seen():
 
 
 def test_compiled_model_is_opened():
-    """Its parameters' names do not tell of the compiler."""
+    """Its parameters' names do not show the compiler."""
     model = make_model()
     compiled = torch.compile(model, backend='eager')
     wrapper = build(compiled, interval=1)
@@ -649,7 +649,7 @@ def test_unfrozen_layer_is_measured_with_its_module(estimator, log):
 
 @pytest.mark.parametrize('estimator', ['split', 'pairs'])
 @pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
-def test_module_that_was_frozen_steps_at_the_plain_rate_and_is_told(
+def test_module_that_was_frozen_steps_at_the_plain_rate_and_is_reported(
     optimizer, estimator, log
 ):
     (model, wrapper), _ = frozen_pair(
@@ -662,9 +662,9 @@ def test_module_that_was_frozen_steps_at_the_plain_rate_and_is_told(
         estimator=estimator,
     )
     assert 'neck' not in wrapper.modulator.modules
-    (told,) = (line for line in log if 'was frozen' in line)
-    assert 'neck.weight (and 1 more) was frozen' in told
-    assert 'at the plain learning rate' in told
+    (message,) = (line for line in log if 'was frozen' in line)
+    assert 'neck.weight (and 1 more) was frozen' in message
+    assert 'at the plain learning rate' in message
     assert wrapper.modulator.measured >= 5
     lrs = []
     wrapper.optimizer.register_step_pre_hook(
@@ -680,13 +680,13 @@ def test_module_that_was_frozen_steps_at_the_plain_rate_and_is_told(
     assert scales['rpn_head'] != 1
 
 
-def test_left_out_parameter_that_is_unfrozen_is_told(log):
+def test_left_out_parameter_that_is_unfrozen_is_reported(log):
     frozen_pair(
         'backbone.0', 6, 3, interval=1, paramwise_cfg=dict(bias_lr_mult=2.0)
     )
-    (told,) = (line for line in log if 'was frozen' in line)
-    assert 'backbone.0.weight (and 1 more)' in told
-    assert 'in no parameter group' in told
+    (message,) = (line for line in log if 'was frozen' in line)
+    assert 'backbone.0.weight (and 1 more)' in message
+    assert 'in no parameter group' in message
 
 
 def test_freezing_in_mid_training_leaves_lr_scale_alone():
@@ -705,7 +705,7 @@ def test_freezing_in_mid_training_leaves_lr_scale_alone():
     assert torch.equal(model.neck.weight, weight)
 
 
-# -- a model that is wrapped anew
+# -- a model that is wrapped again
 
 
 class Wrapped(nn.Module):
@@ -717,7 +717,7 @@ class Wrapped(nn.Module):
         return self.module(inputs)
 
 
-def test_model_that_is_wrapped_anew_is_followed():
+def test_model_that_is_wrapped_again_is_followed():
     model = make_model()
     wrapper = build_optim_wrapper(
         model, wrapper_cfg(accumulative_counts=2, interval=1)

@@ -1,6 +1,6 @@
 """phi in the optimizer's own metric.
 
-1. Which preconditioner an optimizer has, told from class and state.
+1. Which preconditioner an optimizer has, by its class and state.
 2. phi of accumulated micro-batches against brute force: every gradient by
    itself, multiplied by the preconditioner as one explicit matrix, then the
    definition of phi. That of 2 to 4 ranks is in test_ranks.py.

@@ -245,7 +245,8 @@ def train_tiny(rank, world_size, estimator, optimizer, hook, factor):
     return warnings, wrapper.modulator.history
 
 
-#: estimator, optimizer, communication hook, scale of the loss, is it told
+#: estimator, optimizer, communication hook, scale of the loss, and whether
+#: there is a warning
 TINY = [
     *(
         (estimator, optimizer, hook, 1e-7, True)
@@ -657,14 +658,14 @@ def test_multipliers_agree_where_one_rank_rounds_otherwise(results, case):
 
 
 @pytest.mark.parametrize('case', TINY, ids=str)
-def test_gradients_that_vanish_in_float16_are_told(results, case):
+def test_gradients_that_vanish_in_float16_are_reported(results, case):
     if len(results) > 2:
         pytest.skip('2 ranks are enough')
-    *case, told = case
+    *case, warned = case
     for warnings, history in (ranks['tiny', tuple(case)] for ranks in results):
         about = [text for text in warnings if 'float16' in text]
-        assert len(about) == told
-        if told:  # once, and what to do
+        assert len(about) == warned
+        if warned:  # once, and what to do
             assert "set comm_hook='bf16' (with NCCL) or None" in about[0]
             assert history
 
@@ -735,11 +736,11 @@ def test_ranks_share_the_work_of_optimizers_and_lose_no_bit(results):
                 )
 
 
-def unfreeze_rank(rank, world_size, estimator, wrap_anew):
-    """What is told, and measured, when a layer is unfrozen in mid-training.
+def unfreeze_rank(rank, world_size, estimator, wrap_again):
+    """Messages and measurements when a layer is unfrozen during training.
 
     DistributedDataParallel does not average what was frozen when it was
-    built; wrapped anew it does.
+    built; wrapped again it does.
     """
     messages = []
     logger = logging.getLogger('mmagvm')
@@ -754,7 +755,7 @@ def unfreeze_rank(rank, world_size, estimator, wrap_anew):
     )
     train(ddp, wrapper, 3, rank)
     model.backbone[0].requires_grad_(True)
-    if wrap_anew:
+    if wrap_again:
         ddp = parallel(model)
     train(ddp, wrapper, 6, rank, start=3)
     # the first rank to end takes the others' connections with it
@@ -774,20 +775,20 @@ def unfreeze_rank(rank, world_size, estimator, wrap_anew):
 
 
 @pytest.mark.parametrize('estimator', ['split', 'pairs'])
-def test_layer_that_ranks_do_not_average_is_told(estimator):
-    for told, measured, _, missed, _, hooks in run_ranks(
+def test_layer_that_ranks_do_not_average_is_reported(estimator):
+    for lines, measured, _, missed, _, hooks in run_ranks(
         2, unfreeze_rank, estimator, False
     ):
-        (line,) = told
+        (line,) = lines
         assert 'backbone.0.weight (and 1 more)' in line
-        assert 'wrap the model anew' in line
+        assert 'wrap the model again' in line
         assert measured == 3  # those before
         assert list(missed.values()) == [3]
         assert hooks == 0
 
 
 @pytest.mark.parametrize('estimator', ['split', 'pairs'])
-def test_model_wrapped_anew_is_measured_on_all_ranks(estimator):
+def test_model_wrapped_again_is_measured_on_all_ranks(estimator):
     first, second = run_ranks(2, unfreeze_rank, estimator, True)
     assert first[0] == second[0] == []
     assert first[1] == second[1] == 6
@@ -798,7 +799,7 @@ def test_model_wrapped_anew_is_measured_on_all_ranks(estimator):
         assert torch.equal(second[4][name], weight)
 
 
-def test_ranks_with_weights_of_their_own_are_told(results):
+def test_ranks_with_weights_of_their_own_are_reported(results):
     shared = [ranks['shared'] for ranks in results]
     for name in ('SOAP', 'Muon'):
         for *_, apart in shared:

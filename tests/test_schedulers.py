@@ -154,7 +154,7 @@ def test_gradients_are_clipped_in_the_window_only(
     assert clipped_iterations(cfg) == expected
 
 
-def test_window_behind_the_end_is_told(tmp_path):
+def test_window_behind_the_end_is_reported(tmp_path):
     assert clipped_iterations(clip_cfg(tmp_path, 16, None, max_epochs=2)) == []
     (log,) = tmp_path.glob('*/*.log')
     assert (

@@ -94,11 +94,11 @@ def test_detector_is_killed_resumed_and_evaluated(tmp_path, digits):
             f'test_dataloader.dataset.data_root={digits}/',
             f'test_evaluator.ann_file={digits}/annotations/val.json',
         ]
-        told = run(
+        output = run(
             *launch,
             *('--work-dir', tmp_path / 'test', '--cfg-options', *options),
         )
-        assert 'coco/bbox_mAP: ' in told
+        assert 'coco/bbox_mAP: ' in output
 
     plain = tmp_path / 'plain'
     train(detector(tmp_path, digits), plain)

@@ -114,16 +114,18 @@ def refused(model, **options):
 
 
 def refusals():
-    """By what is wrong, what is told."""
+    """The error message of each wrong setting."""
     mesh = init_device_mesh('cpu', (2,))
-    told = {}
+    messages = {}
     parts = make_model().float()
     fully_shard(parts.neck, mesh=mesh)
-    told['a part'] = refused(parts)
-    told['comm_hook'] = refused(wrapped(make_model(), True), comm_hook='bf16')
+    messages['a part'] = refused(parts)
+    messages['comm_hook'] = refused(
+        wrapped(make_model(), True), comm_hook='bf16'
+    )
     model = make_model().float()
     fully_shard(model, mesh=mesh, ignored_params={model.scale})
-    told['ignored'] = refused(model)
+    messages['ignored'] = refused(model)
     model = make_model().float()
     model.backbone[2] = torch.nn.Linear(9, 8)
     model.neck = torch.nn.Linear(8, 6)
@@ -132,9 +134,9 @@ def refusals():
         model.neck, mesh=mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1)
     )
     fully_shard(model, mesh=mesh)
-    told['dimension'] = refused(model)
-    told['alone'] = refused(wrapped(make_model(), True, replicas=2))
-    return told
+    messages['dimension'] = refused(model)
+    messages['alone'] = refused(wrapped(make_model(), True, replicas=2))
+    return messages
 
 
 def divided(rank):
@@ -262,14 +264,14 @@ def test_nan_on_one_rank_changes_no_multiplier_of_any(found):
 
 
 def test_refusals_say_what_to_do(found):
-    told = found[2][0]['refused']
-    assert 'on which fully_shard was not called' in told['a part']
-    assert "comm_hook='bf16'" in told['comm_hook']
-    assert 'mixed_precision.reduce_dtype' in told['comm_hook']
-    assert 'scale is not sharded' in told['ignored']
-    assert 'shards of the first dimension' in told['dimension']
-    assert 'shard it over 2 or more' in told['alone']
-    for message in told.values():
+    messages = found[2][0]['refused']
+    assert 'on which fully_shard was not called' in messages['a part']
+    assert "comm_hook='bf16'" in messages['comm_hook']
+    assert 'mixed_precision.reduce_dtype' in messages['comm_hook']
+    assert 'scale is not sharded' in messages['ignored']
+    assert 'shards of the first dimension' in messages['dimension']
+    assert 'shard it over 2 or more' in messages['alone']
+    for message in messages.values():
         assert 'FullyShardStrategy' in message
 
 

@@ -634,7 +634,7 @@ def test_each_measurement_is_in_the_log(variant, every, tmp_path):
     assert cfg.log_processor.window_size == every
 
 
-def test_nothing_to_summarize_is_told(tmp_path):
+def test_nothing_to_summarize_is_reported(tmp_path):
     done = subprocess.run(
         [
             *(sys.executable, ROOT / 'tools/study/summarize.py'),

@@ -191,7 +191,7 @@ def test_picture_is_drawn(work_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'tool, told',
+    'tool, message',
     [
         (['analysis_tools/report.py', '--out', 'OUT'], 'lr_scale'),
         (
@@ -213,7 +213,7 @@ def test_picture_is_drawn(work_dir, tmp_path):
     ],
     ids=lambda value: Path(value[0]).stem if isinstance(value, list) else '',
 )
-def test_runs_are_told_about(work_dir, tmp_path, tool, told):
+def test_runs_are_reported(work_dir, tmp_path, tool, message):
     """Every tool, on the quickstart's training or its config."""
     out = tmp_path / 'out'
     script, *options = [str(out) if item == 'OUT' else item for item in tool]
@@ -225,7 +225,7 @@ def test_runs_are_told_about(work_dir, tmp_path, tool, told):
     )
     assert 'Traceback' not in done.stdout
     text = done.stdout + (out.read_text() if out.exists() else '')
-    assert told in text
+    assert message in text
 
 
 @pytest.mark.parametrize(

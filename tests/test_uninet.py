@@ -531,8 +531,8 @@ def changed(index, **sizes):
         (dict(frozen_stages=-2), 'frozen_stages=-2.*-1 for none'),
     ],
 )
-def test_wrong_settings_are_told(settings, named):
-    with pytest.raises(ValueError, match=named) as told:
+def test_wrong_settings_are_reported(settings, named):
+    with pytest.raises(ValueError, match=named) as error:
         UniNet(**{**SMALL, **settings})
-    assert 'UniNet' in str(told.value)
-    assert '\n' not in str(told.value)
+    assert 'UniNet' in str(error.value)
+    assert '\n' not in str(error.value)

@@ -105,7 +105,7 @@ def _filled(series: Series, lines: np.ndarray) -> Series:
 def load_run(work_dir: Path) -> Run:
     """Read a run from its work dir, or from one of the folders in it.
 
-    Pieces overlap if training went back to a checkpoint or began anew. Then
+    Pieces overlap if training went back to a checkpoint or started over. Then
     the later piece counts from its first logged iteration.
 
     Raises:
@@ -146,7 +146,7 @@ def load_run(work_dir: Path) -> Run:
     dropped = len(pieces) - len(kept)
     if dropped:
         run.notes.append(
-            f'{dropped} earlier start(s) left out, as training began anew'
+            f'{dropped} earlier start(s) left out, as training started over'
         )
     run.series, run.metrics = _by_tag(train_lines), _by_tag(val_lines)
     run.logs = [
@@ -204,7 +204,7 @@ def require_agvm(run: Run) -> None:
     if run.config is not None and not str(kind).startswith('AGVM'):
         why = f'its config trains with {kind}, without AGVM'
     else:
-        why = 'is AGVMHook in its custom_hooks?'
+        why = 'check that AGVMHook is in its custom_hooks'
     raise UsageError(f'{run.work_dir}: no agvm series was logged: {why}')
 
 

@@ -103,7 +103,7 @@ def time_of_updates(ranks: Ranks) -> Found:
     }
     return (
         f'an update of a small network takes {1000 * usual["plain"]:.3g} ms; '
-        f'a measured one {added["measured"]:+.1f} %, one that is not '
+        f'a measured one {added["measured"]:+.1f} %, an unmeasured one '
         f'{added["not_measured"]:+.1f} % (medians of {ROUNDS}, noisy)',
         {
             'milliseconds': 1000 * usual['plain'],

@@ -21,7 +21,7 @@ PACKAGES = dict(
 
 
 def versions() -> Dict[str, str]:
-    """Of all packages that training uses."""
+    """Versions of all packages that training uses."""
     found = dict(
         python=platform.python_version(),
         torch=torch.__version__,

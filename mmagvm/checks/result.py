@@ -1,4 +1,4 @@
-"""What a check finds."""
+"""The result of a check."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Dict, List, Sequence
@@ -30,9 +30,9 @@ class Result:
     Args:
         name: Of the check.
         status: 'passed', 'failed' or 'not applicable'.
-        sentence: What was found, what to do, or why it does not apply.
-        numbers: What was measured, with the unit in the name.
-        seconds: That the check took.
+        sentence: The finding, what to do, or why it does not apply.
+        numbers: Measured values, with the unit in the name.
+        seconds: The time of the check.
         traceback: Of an unexpected error.
     """
 
@@ -55,7 +55,7 @@ class Result:
 
 
 def of_all_ranks(results: Sequence[Result]) -> Result:
-    """The result of a check from those of every rank, in their order.
+    """The result of a check from those of all ranks, in order.
 
     A check that fails on one rank fails. Numbers are the largest of any rank.
     """

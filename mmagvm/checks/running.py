@@ -43,7 +43,7 @@ def run_checks(
         give_up: Called with all results on rank 0, before such an end.
 
     Returns:
-        What all ranks found, in the order of ``checks``.
+        The results of all ranks, in the order of ``checks``.
     """
     results: List[Result] = []
     for place, (name, check) in enumerate(checks):
@@ -82,7 +82,7 @@ def run_checks(
 
 
 def run_one(name: str, check: Check, ranks: Ranks) -> Result:
-    """What this rank finds; an error is a failure."""
+    """The result on this rank; an error is a failure."""
     begin = time.monotonic()
     numbers: Dict[str, float] = {}
     trace = ''

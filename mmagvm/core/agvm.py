@@ -56,8 +56,8 @@ class AGVM:
         mu <- ema_decay * mu + (1 - ema_decay) * ratio,
         ratio = clip(sqrt((phi_anchor + eps) / (phi + eps)), ratio_range)
 
-    (Eq. 41, 42). Each update then steps with ``lr * mu``; afterwards every
-    learning rate is what it was, so schedulers never see mu.
+    (Eq. 41, 42). Each update then steps with ``lr * mu``. Afterwards every
+    learning rate is restored, so schedulers never see mu.
 
     In a plain loop, with gradients of K micro-batches accumulated::
 
@@ -150,7 +150,7 @@ class AGVM:
         if model is not None:
             self.attach(model)
 
-    # -- what is measured
+    # -- measuring
 
     @property
     def attached(self) -> bool:
@@ -416,7 +416,7 @@ class AGVM:
     def scaled_step(self) -> Iterator[None]:
         """Context of the optimizer's step, which uses ``lr * mu``.
 
-        Afterwards each learning rate is what it was, except for a change that
+        Afterwards each learning rate is restored, except for a change that
         the optimizer itself makes in its step.
 
         Counts the update, unless a loss scaler skips it.
@@ -570,7 +570,7 @@ class AGVM:
                 scaler.step(self.optimizer)
         return True
 
-    # -- what is logged
+    # -- logging
 
     @property
     def noise_scale(self) -> Dict[str, float]:

@@ -10,19 +10,17 @@ NOT_BEGUN = (
     'train_step does not run the model inside of optim_wrapper.optim_context'
     '(model), without MMEngine inside of agvm.micro_batch()'
 )
-PARTIAL = 'only a part of the micro-batches of an update came'
+PARTIAL = 'an update had only some of its micro-batches'
 OWN_BACKWARD = (
     "the loss's own backward() is called: in train_step call "
     'optim_wrapper.update_params(loss), or its backward(loss) and step(), '
     'without MMEngine agvm.micro_batch()'
 )
 NO_STATE = (
-    'the optimizer had no state yet to measure with, which its first updates '
-    'create'
+    'the optimizer had no state yet, which its first updates create and '
+    'measuring needs'
 )
-OTHER_BACKWARDS = (
-    'it had another number of backward passes than of micro-batches'
-)
+OTHER_BACKWARDS = 'it had more or fewer backward passes than micro-batches'
 NOT_FINITE = 'gradients were NaN or infinite'
 NO_ANCHOR = 'the module that the others follow had no gradient'
 OTHER_STEP = (

@@ -11,8 +11,8 @@ logger = logging.getLogger('mmagvm')
 BACKBONE = 'backbone'
 #: The module that takes its place in a model without a backbone.
 ENCODER = 'image_encoder'
-#: Children of a model that are opened into their own children, beside those
-#: that hold a backbone.
+#: Children of a model that are split into their own children, besides those
+#: that contain a backbone.
 CONTAINERS = ('roi_head',)
 #: The module of all parameters outside every named one.
 OTHERS = 'others'
@@ -120,9 +120,9 @@ def _listed(
 def find_modules(model: nn.Module) -> List[str]:
     """The modules that AGVM scales, from a model's structure.
 
-    Every child with trainable parameters is one. ``roi_head`` is opened into
+    Every child with trainable parameters is one. ``roi_head`` is split into
     its own children: all stages of a cascade's ``roi_head.bbox_head`` are
-    one module. A child that holds a backbone, at any depth, is opened too:
+    one module. A child that contains a backbone, at any depth, is split too:
     the student of a semi-supervised detector, the detector of a tracker.
     """
     # a shared parameter has one name, in the module that comes first
@@ -155,7 +155,7 @@ def find_anchor(modules: Sequence[str], anchor: str = BACKBONE) -> str:
     if not modules:
         raise ValueError('the model has no trainable parameters')
     raise ValueError(
-        f'anchor={anchor!r} is no module with trainable parameters: set '
+        f'anchor={anchor!r} is not a module with trainable parameters: set '
         f'anchor to one of {list(modules)}'
     )
 

@@ -95,7 +95,7 @@ class Thawed:
             'is not averaged by DistributedDataParallel, which was built '
             'before. Ranks diverge, and nothing is measured: build the model '
             'unfrozen and freeze it in before_train, with '
-            'find_unused_parameters=True, or wrap the model anew',
+            'find_unused_parameters=True, or wrap the model again',
         )
 
     def _report(self, params: Dict[Tensor, str], what: str) -> bool:

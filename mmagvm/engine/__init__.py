@@ -1,4 +1,4 @@
-"""AGVM in MMEngine: optimizer wrappers, their constructor, the hook.
+"""AGVM in MMEngine: optimizer wrappers, their constructor and the hook.
 
 Importing this makes the repairs that are needed before a config is read: see
 ``host``.

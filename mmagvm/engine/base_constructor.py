@@ -32,7 +32,7 @@ class BaseConstructor:
     ) -> None:
         self.name = kind if isinstance(kind, str) else kind.__name__
         if isinstance(kind, str):
-            # in the scope of the run, as the registry's own build
+            # in the scope of the run, like the registry's own ``build``
             scope = OPTIM_WRAPPER_CONSTRUCTORS.switch_scope_and_registry(None)
             with scope as registry:
                 found = registry.get(kind)
@@ -66,7 +66,7 @@ class BaseConstructor:
             )
         )
         if isinstance(self._constructor, DefaultOptimWrapperConstructor):
-            # MMEngine's check has read it, for all derived classes
+            # MMEngine's check reads this key, also in derived classes
             self._options.read.discard('custom_keys')
 
     def options_of_params(
@@ -85,9 +85,9 @@ class BaseConstructor:
         unknown = sorted(given - self._options.read)
         if unknown:
             raise ValueError(
-                f'paramwise_cfg key {unknown[0]!r} means nothing to '
-                f'{self.name}: leave it out, or name the constructor that it '
-                'is for as base_constructor in optim_wrapper, such as '
+                f'paramwise_cfg key {unknown[0]!r} is not used by '
+                f'{self.name}: leave it out, or set base_constructor in '
+                'optim_wrapper to the constructor that it is for, such as '
                 "'LearningRateDecayOptimizerConstructor' for layer-wise decay"
             )
         if not isinstance(optimizer, _Recorder):

@@ -1,6 +1,6 @@
 """The images per rank, from the data loader or from the first batch.
 
-What is not certain is None, never a guess.
+An uncertain number is None, never a guess.
 """
 
 from typing import Any, Dict, List, Optional, Sequence

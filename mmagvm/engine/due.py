@@ -18,7 +18,7 @@ def too_few_due(agvm: AGVM, updates: int) -> Optional[str]:
     settings, first = agvm.settings, agvm.update
     last = first + updates
     due = settings.due_between(first + (not agvm.can_measure), last)
-    # no update is left, or there are or were measurements
+    # no update is left, or measurements follow or are done
     if updates < 1 or len(due) > 1 or agvm.modulator.measured:
         return None
     if settings.begin >= last:
@@ -37,7 +37,7 @@ def too_few_due(agvm: AGVM, updates: int) -> Optional[str]:
     if settings.interval >= left > 1:
         return (
             f'interval={settings.interval} is not less than the {left} '
-            f'updates that are left from begin={settings.begin} to the last '
+            f'updates that remain from begin={settings.begin} to the last '
             f'one, so {len(due) or "none"} is measured: set '
             'optim_wrapper.interval to a lower number, such as '
             f'{max(1, left // 10)}'
@@ -45,9 +45,9 @@ def too_few_due(agvm: AGVM, updates: int) -> Optional[str]:
     if not due:
         return (
             f'begin={settings.begin}, end={settings.end} and '
-            f'interval={settings.interval} leave no update from {first} to '
-            f'{last - 1} to be measured, as the optimizer has no state '
-            'before its first step: set optim_wrapper.begin to 1 or more, or '
+            f'interval={settings.interval} leave no update to measure from '
+            f'{first} to {last - 1}, as the optimizer has no state before '
+            'its first step: set optim_wrapper.begin to 1 or more, or '
             'optim_wrapper.interval to a lower number'
         )
     return None

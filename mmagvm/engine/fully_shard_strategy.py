@@ -114,7 +114,7 @@ class FullyShardStrategy(DDPStrategy):
                 'launch with tools/dist_train.sh CONFIG GPUS, or remove '
                 'strategy and runner_type'
             )
-        begins = not self._prepared  # else it evaluates what it has trained
+        begins = not self._prepared  # otherwise it evaluates after training
         components = super().prepare(model, **kwargs)
         if begins:
             self._start_counting(0)
@@ -161,8 +161,8 @@ class FullyShardStrategy(DDPStrategy):
                     f'than {torch.__version__}, such as 2.13'
                 )
             sharded.set_reduce_scatter_unused_params(True)
-        kind: Any = type(model)  # torch has made it for the shards
-        kind.__deepcopy__ = _refuse_copy  # torch's says less
+        kind: Any = type(model)  # a class that torch makes for the shards
+        kind.__deepcopy__ = _refuse_copy  # with a clearer error than torch's
         return model
 
     def _mesh(self) -> Any:

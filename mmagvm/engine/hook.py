@@ -174,7 +174,7 @@ class AGVMHook(Hook):
         if before and before != batch:
             runner.logger.warning(
                 f'AGVM: the checkpoint was trained with {before}, this '
-                f'run has {batch}; lr_scale goes on from where it was'
+                f'run has {batch}; lr_scale keeps its values'
             )
         agvm.set_batch(batch)
         for line in describe_batch(wrapper, runner, images):
@@ -290,7 +290,7 @@ def forgotten_accumulation(
 def describe_batch(
     wrapper: AGVMOptimWrapper, runner: Runner, images: List[int]
 ) -> List[str]:
-    """The batch and the learning rate for it, in lines for the log.
+    """The batch and the learning rate for it, as lines for the log.
 
     Args:
         wrapper: The optimizer wrapper of this run.
@@ -321,7 +321,7 @@ def describe_batch(
     elif own is not None:
         advice = (
             'the paper has no rule for it; this project gives '
-            f'{own(size):.4g} ({own}), not tried on COCO'
+            f'{own(size):.4g} ({own}), not tested on COCO'
         )
     else:
         advice = 'the paper has no rule for it'
@@ -336,7 +336,7 @@ def describe_batch(
 
 
 def describe(wrapper: AGVMOptimWrapper) -> List[str]:
-    """What AGVM measures in this run, and when, in lines for the log."""
+    """What AGVM measures in this run, and when, as lines for the log."""
     settings = wrapper.settings
     effect = '' if settings.modulate else ', modulates nothing'
     until = '' if settings.end is None else f' to {settings.end}'
@@ -364,7 +364,7 @@ def describe(wrapper: AGVMOptimWrapper) -> List[str]:
         for param in group['params']
     )
     if frozen:
-        lines.append(f'AGVM: no module: {frozen:,} parameters that are frozen')
+        lines.append(f'AGVM: in no module: {frozen:,} frozen parameters')
     return lines
 
 
@@ -386,7 +386,7 @@ def useless_sync_bn(model: nn.Module) -> List[str]:
 def innermost(dataset: Any) -> Any:
     """The data set inside wrappers such as RepeatDataset.
 
-    It is the first one where several of one class are joined.
+    If several of one class are joined, it is the first one.
     """
     while True:
         parts = getattr(dataset, 'datasets', None) or []

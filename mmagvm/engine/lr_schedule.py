@@ -40,7 +40,7 @@ def warmup_updates(
     Args:
         schedulers: The built schedulers of a run.
         epoch_length: Iterations of an epoch.
-        max_iters: Iterations of the run. A rise that lasts as long is not a
+        max_iters: Iterations of the run. A rise over the whole run is not a
             warm-up.
         accumulative_counts: Iterations of an update.
 

@@ -27,16 +27,16 @@ def forget_own_keys(checkpoint: Dict[str, Any]) -> None:
 def started_without_state(
     wrapper: AGVMOptimWrapper, runner: Runner
 ) -> Optional[str]:
-    """What starts from scratch though training goes on from a checkpoint."""
+    """What starts from scratch although training continues."""
     optimizer = wrapper.optimizer
     if (
         runner.iter == 0
         or wrapper.has_loaded
-        or any(optimizer.state.values())  # goes on in the same process
+        or any(optimizer.state.values())  # continues in the same process
     ):
         return None
     return (
-        f'training goes on at iteration {runner.iter}, but no state of the '
+        f'training continues at iteration {runner.iter}, but no state of the '
         'optimizer was loaded: every lr_scale starts at 1, and '
         f'{type(optimizer).__name__} starts without state. To avoid this, '
         'resume from a checkpoint with one, which CheckpointHook saves with '

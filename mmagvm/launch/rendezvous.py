@@ -28,7 +28,7 @@ def timeout_seconds() -> int:
 
 
 def what_to_check(happened: str) -> str:
-    """A message of what happened and what may be the cause."""
+    """A message that names what happened and its possible causes."""
     env = os.environ
     addr = env.get('MASTER_ADDR', '127.0.0.1')
     port = env.get('MASTER_PORT') or env.get('PORT', '29500')
@@ -128,7 +128,7 @@ def launcher_store(seconds: float) -> Optional[dist.Store]:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on, just now."""
+    """A port of this machine that is free now."""
     with socket.socket() as sock:
         sock.bind(('', 0))
         port: int = sock.getsockname()[1]

@@ -22,7 +22,7 @@ class Choice(NamedTuple):
     path: Optional[str] = None
     #: For the log.
     note: str = ''
-    #: Why the run cannot go on.
+    #: Why the run cannot continue.
     error: str = ''
 
 
@@ -63,7 +63,7 @@ def choose_checkpoint(cfg: Config, resume: Optional[str]) -> str:
 
 
 def _choose_at_start(work_dir: str, resume: Optional[str]) -> Choice:
-    """See :func:`choose`; a restart resumes what was saved since launch."""
+    """See :func:`choose`; a restart resumes from checkpoints since launch."""
     if restarts() == 0:
         has_saved_since_launch(work_dir)
         return choose(work_dir, resume)
@@ -142,10 +142,10 @@ def damage(path: Path) -> str:
             return f'wrong checksum of {broken}'
         torch.load(path, map_location='cpu', mmap=True)
     except zipfile.BadZipFile:
-        return 'it was not written to its end, or is no checkpoint'
+        return 'it is incomplete, or not a checkpoint'
     except pickle.UnpicklingError:
         return ''  # complete, but with a type that torch will refuse
-    except Exception as error:  # whatever a flipped bit of a header causes
+    except Exception as error:  # a flipped bit in a header can cause any
         return str(error).partition('. ')[0] or type(error).__name__
     return ''
 
@@ -188,7 +188,7 @@ def earlier(path: Path) -> List[Path]:
 
 
 def newest_readable(paths: List[Path]) -> Optional[Path]:
-    """The first that is not damaged."""
+    """The first checkpoint that is not damaged."""
     return next((path for path in paths if not damage(path)), None)
 
 
@@ -201,9 +201,10 @@ def _number(path: Path) -> Optional[int]:
 def has_saved_since_launch(work_dir: str) -> bool:
     """Whether this is a restart by torchrun that has something to resume.
 
-    A work dir may hold checkpoints of earlier runs. If a run began anew, its
-    restart must not pick them up. So the first attempt stores what was there
-    at launch in torchrun's store, which outlives it. Call it on rank 0 only.
+    A work dir may have checkpoints of earlier runs. If a run started from the
+    beginning, its restart must not use them. So the first attempt records the
+    newest one at launch in torchrun's store, which outlives it. Call this on
+    rank 0 only.
     """
     store = launcher_store(timeout_seconds())
     if store is None:

@@ -1,4 +1,4 @@
-"""What train.py and test.py share."""
+"""Common parts of train.py and test.py."""
 
 import argparse
 import datetime

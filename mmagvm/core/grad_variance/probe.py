@@ -1,4 +1,4 @@
-"""Finds out what an optimizer does by a trial of a small copy.
+"""Finds out what an optimizer does by trying a small copy of it.
 
 Two properties of an optimizer cannot be read from its class or options. One is
 whether its ``exp_avg_sq`` is Adam's second moment of each element. The other
@@ -29,7 +29,7 @@ STEPS = 4
 SIZE = 1e-3
 #: Largest number of distinct sets of options that are tried.
 MOST = 4
-#: Entries of a parameter group that are no options of the optimizer, or that
+#: Entries of a parameter group that are not options of the optimizer, or that
 #: change nothing here.
 OTHER = {
     *('params', 'param_names', 'module', 'lr', 'initial_lr', 'weight_decay'),
@@ -41,7 +41,7 @@ OTHER = {
 
 
 class Traits(NamedTuple):
-    """What is known of an optimizer; None for what is unknown."""
+    """Properties of an optimizer; None for an unknown one."""
 
     #: Whether v <- beta2 v + (1 - beta2) g^2 is kept of each element.
     elementwise: Optional[bool] = None
@@ -57,8 +57,8 @@ _known: 'WeakKeyDictionary[torch.optim.Optimizer, Traits]' = (
 def traits_of(optimizer: torch.optim.Optimizer) -> Traits:
     """Probe an optimizer, once.
 
-    Neither it nor the global random state is changed. If a twin cannot be
-    built or stepped, all is unknown.
+    The optimizer and the global random state do not change. If a twin cannot
+    be built or stepped, all traits are unknown.
     """
     if optimizer not in _known:
         _known[optimizer] = _probe(optimizer)

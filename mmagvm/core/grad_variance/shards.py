@@ -2,11 +2,11 @@
 
 torch's ``fully_shard`` (FSDP2) cuts every parameter along its first dimension
 into one shard for each rank of a group. A unit is a module with parameters
-that are communicated together. When it has its gradients, it lays them into
-one tensor, a row for each rank. A reduce-scatter leaves each rank the mean of
-its own row. A unit accepts another function for this, which is where local
-gradients are read. torch calls the hooks of the parameters in the order of the
-row, which shows the part of each.
+that are communicated together. When it has its gradients, it copies them into
+one tensor, with a row for each rank. A reduce-scatter leaves each rank the
+mean of its own row. A unit accepts another function for this, which is where
+local gradients are read. torch calls the hooks of the parameters in the order
+of the row, which shows the part of each.
 """
 
 import logging
@@ -45,7 +45,7 @@ class Reduction:
     def allocate(
         self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """Memory for what is sent and received."""
+        """Memory for the rows to send, or for the part to receive."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
