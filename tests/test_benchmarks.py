@@ -195,7 +195,7 @@ def test_peak_memory_of_known_tensors():
 
 @pytest.fixture(scope='module')
 def gaussian():
-    """Gradients whose true one is known: (400, 2000), noise 4 x signal."""
+    """Gradients with a known true one: (400, 2000), noise 4 x signal."""
     generator = torch.Generator().manual_seed(0)
     true = torch.randn(2000, generator=generator)
     noise = torch.randn(400, 2000, generator=generator)
@@ -305,7 +305,7 @@ def test_noise_proves_nothing(low, high, at_most, at_least, is_one):
 
 
 def made_up_rank(slower):
-    """What a rank would return, whose seconds are known."""
+    """The result of a rank with known seconds."""
     seconds = dict(plain=[1.0, 2.0], pairs=[1.5, 3.0])
     counts = dict(
         wrapped_bytes=40,

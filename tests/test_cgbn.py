@@ -152,7 +152,7 @@ def plain_device():
 
 
 def use(layer, inputs, through=lambda layer, x: layer(x)):
-    """What a layer computes in its last of some uses, and then evaluating."""
+    """The results of a layer in its last training use, and in evaluation."""
     for x in inputs:
         layer.zero_grad()
         x = x.clone().requires_grad_()
@@ -181,7 +181,7 @@ def run_scenario(rank, scenario):
 
 
 def expected_results(ranks, scenario):
-    """What each of a group's ranks should have, from one process."""
+    """The expected results of a group's ranks, from one process."""
     _, shapes, options = scenario
     layer = with_some_weights(nn.BatchNorm2d(CHANNELS, **options))
     gradients = [torch.zeros(CHANNELS, dtype=torch.float64) for _ in range(2)]
@@ -214,7 +214,7 @@ def expected_results(ranks, scenario):
 
 
 def run_checkpointed(rank):
-    """As equal, group 2, but computed again in the backward pass."""
+    """The scenario "equal, group 2", with activation checkpointing."""
     results = []
     for reentrant in (True, False):
         layer = with_some_weights(CGBN(CHANNELS, 4))
@@ -291,7 +291,7 @@ def run_empty(rank, images, compiled):
 
 
 class Kernels:
-    """What torch has of SyncBatchNorm on CUDA only, in plain words."""
+    """Plain versions of kernels that torch has only on CUDA."""
 
     @staticmethod
     def batch_norm_stats(x, eps):
@@ -334,7 +334,7 @@ class Kernels:
 
 
 def run_kernels(rank):
-    """A usual batch, then ones of few values, through both functions."""
+    """A usual batch, then batches of few values, in both functions."""
     for name in vars(Kernels):
         if name.startswith('batch_norm'):
             setattr(torch, name, getattr(Kernels, name))
@@ -471,7 +471,7 @@ def test_bfloat16_is_summed_in_float32(results):
 @pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('images', FEW_VALUES)
 def test_too_few_values_leave_running_statistics(results, images, compiled):
-    """As those of BatchNorm2d stay, which counts an empty batch too."""
+    """They stay as in BatchNorm2d, which also counts an empty batch."""
     plain = with_some_weights(nn.BatchNorm2d(CHANNELS))
     plain(torch.cat([plain_input(r, 0, 'equal') for r in (0, 1)]))
     plain(torch.ones(0, CHANNELS, 1, 1, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""The checks of a machine pass here, and fail where something is broken."""
+"""The checks pass here, and fail where something is broken."""
 
 import json
 import os

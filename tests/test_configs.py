@@ -1,4 +1,4 @@
-"""Every config: written from the recipes, as the sources say, and built.
+"""Every config: written from the recipes, equal to the sources, and built.
 
 What the sources print is stated here once more, apart from mmagvm.recipes.
 """
@@ -111,7 +111,7 @@ REPORTED = {
 
 
 class Case:
-    """What a config's name says, and the config."""
+    """The settings in a config's name, and the config."""
 
     def __init__(self, file):
         match = NAME.fullmatch(file)
@@ -369,7 +369,7 @@ def test_optimizer_and_agvm_follow_from_the_recipe(case):
 
 
 def expected_lr(case, iteration):
-    """The learning rate by the recipe, written apart from MMEngine's."""
+    """The learning rate by the recipe, computed without MMEngine."""
     recipe, batch_size = case.recipe, case.batch_size
     lr = recipe.lr(batch_size)
     grown = iteration / (recipe.warmup_end(batch_size) - 1)
@@ -444,7 +444,7 @@ BUILT = {}
 
 
 def build_once(registry, cfg):
-    """What a config's part is built to; equal parts share it.
+    """The object built from a config's part; equal parts share it.
 
     A model is at full width; its weights are not loaded.
     """
@@ -571,7 +571,7 @@ TABLE = re.compile(
 
 
 def readme_tables(folder):
-    """Rows of every table of a README, by what its comments name."""
+    """Rows of every table of a README, by the name in its comments."""
     text = (CONFIGS / folder / 'README.md').read_text()
     return {
         name: [line.strip('| ').split(' | ') for line in rows.splitlines()]

@@ -1,4 +1,4 @@
-"""Parameters to groups: every trainable one once, few groups, all options."""
+"""Groups: each trainable parameter once, few groups, all options."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def groups_of(wrapper):
 
 
 class Nested(nn.Module):
-    """A model with one in ``student``, and maybe a frozen ``teacher``."""
+    """A detector in ``student``, and maybe a frozen ``teacher``."""
 
     def __init__(self, inner='student', teacher=False):
         super().__init__()
@@ -186,7 +186,7 @@ def test_frozen_parameters_are_in_groups_as_in_mmengine():
     }
     names = {g['module']: g['param_names'] for g in groups_of(wrapper)}
     assert 'backbone.0.weight' in names['backbone']
-    # nothing of the neck could be measured: it has no module
+    # the neck has no module, as nothing of it could be measured
     assert names[None] == ['neck.weight', 'neck.bias']
     assert wrapper.modulator.modules == [m for m in MODULES if m != 'neck']
 
@@ -256,7 +256,7 @@ def test_plain_wrapper_is_refused(wrapper_type):
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class DepthConstructor(DefaultOptimWrapperConstructor):
-    """Layer-wise decay in the manner of mmdet's."""
+    """Layer-wise decay like mmdet's."""
 
     def add_params(self, params, module, **kwargs):
         rate = self.paramwise_cfg['decay_rate']
@@ -276,7 +276,7 @@ class DepthConstructor(DefaultOptimWrapperConstructor):
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class ThreeGroupsConstructor:
-    """As those of YOLO trainers: no ``add_params``, no names."""
+    """Like those of YOLO trainers: no ``add_params``, no names."""
 
     def __init__(self, optim_wrapper_cfg, paramwise_cfg=None):
         self.cfg = optim_wrapper_cfg
@@ -305,7 +305,7 @@ def options_by_parameter(wrapper, keys=('lr', 'weight_decay', 'momentum')):
 
 
 def composed(base, paramwise_cfg, **optimizer):
-    """The options of the parameters, ours and the host's."""
+    """The options of the parameters, ours and MMEngine's."""
     model = make_model()
     cfg = wrapper_cfg(paramwise_cfg=paramwise_cfg, base_constructor=base)
     cfg['optimizer'].update(optimizer)
@@ -400,7 +400,7 @@ def test_optimizer_of_other_arguments_is_refused():
 
 
 def test_rate_of_groups_alone_is_scaled_and_logged():
-    """Of an optimizer whose defaults have none."""
+    """Options of an optimizer without defaults for them."""
 
     class GroupRates(torch.optim.SGD):
         def __init__(self, params, lr):

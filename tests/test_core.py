@@ -209,7 +209,7 @@ def train_ranks(rank, world_size):
 
 
 def run_documented_lines(rank):
-    """The loop of docs/pytorch.md, as it is once the lines are changed."""
+    """The loop of docs/pytorch.md, with its changes."""
     text = (ROOT / 'docs/pytorch.md').read_text()
     diff = re.search(r'```diff\n(.*?)```', text, re.S)[1].splitlines(True)
     names = dict(
@@ -231,7 +231,7 @@ def test_plain_loop_on_two_ranks_equals_the_oracle():
 @pytest.mark.parametrize('estimator', ['split', 'pairs'])
 @pytest.mark.parametrize('scale', [None, 2.0**14])
 def test_clipping_is_that_of_the_wrapper(optimizer, estimator, scale):
-    """A loss scale of a power of two changes no digit of it, either."""
+    """A loss scale that is a power of two changes no digit."""
     loop = Loop(optimizer, max_norm=0.05, scale=scale, estimator=estimator)
     loop.train(6)
     model = make_model()
@@ -376,7 +376,7 @@ def test_another_number_of_backward_passes_is_reported_later(caplog):
 
 
 class NoDouble(TorchDispatchMode):
-    """No tensor is made in float64, unless it is on the CPU's side."""
+    """No tensor is made in float64, except on the CPU."""
 
     transferred, transfers = False, 0
 
@@ -492,7 +492,7 @@ def test_due_updates_are_those_that_are_due():
 
 
 def test_what_hooks_compute_is_marked_as_read(tmp_path, monkeypatch):
-    """On CUDA a hook's memory is of another stream than the measuring one."""
+    """On CUDA a hook allocates on another stream than the measuring one."""
     marked = []
     monkeypatch.setattr(
         pairs, 'read_here', lambda tensors: marked.extend(tensors)
@@ -541,7 +541,7 @@ def test_step_without_micro_batch_or_with_another_scaler_is_refused():
 
 @pytest.mark.parametrize('estimator', ['split', 'pairs'])
 def test_update_that_fails_is_abandoned(estimator):
-    """As when memory runs out in the middle and the loop goes on."""
+    """As if memory runs out in an update and the loop continues."""
     loop, plain = (
         Loop(accumulation=2, estimator=estimator, interval=1) for _ in range(2)
     )

@@ -1,4 +1,4 @@
-"""The pages for users: they build as a site, and what they name is there."""
+"""The pages for users build as a site, and the names in them exist."""
 
 import ast
 import os
@@ -31,7 +31,7 @@ def prose(page):
 
 
 def anchors(page):
-    """As GitHub makes them from headings; those that a page names itself."""
+    """The anchors of a page: GitHub's of headings, and its own."""
     found = set(re.findall(r'<a id="([\w-]+)">', page.read_text()))
     for heading in re.findall(r'^#+ +(.*?) *$', prose(page), re.M):
         words = re.sub(r'[^\w\- ]', '', heading.lower())

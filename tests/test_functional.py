@@ -1,4 +1,4 @@
-"""The equations on cases that a reader can work out by hand."""
+"""The equations, on cases that can be computed by hand."""
 
 import math
 

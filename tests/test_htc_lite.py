@@ -26,7 +26,7 @@ register_all_modules()
 
 @pytest.fixture(autouse=True)
 def scope():
-    """Other files, of the same process, may have left another one."""
+    """Other files may have set another one in this process."""
     init_default_scope('mmdet')
 
 
@@ -283,7 +283,7 @@ def mask_head():
 
 
 def htc_lite(mask=False, context=False):
-    """A RoI head, without settings of training and tests."""
+    """A RoI head, without settings for training and testing."""
     head = dict(
         type='HTCLiteRoIHead',
         num_stages=STAGES,
@@ -488,7 +488,7 @@ def test_no_rois(proposals):
 
 
 def test_losses_are_weighted():
-    """Against those of mmdet's cascade, and of the heads by themselves."""
+    """Against mmdet's cascade, and against each head alone."""
     model = cascade(True, True)
     head = model.roi_head
     # all proposals are sampled, so that nothing is random

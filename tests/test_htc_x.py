@@ -1,4 +1,4 @@
-"""HTC-X: its configs at full size, without memory, and a small one trains."""
+"""HTC-X: its configs at full size on the meta device, and a small training."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ MODULES = {
 
 @pytest.fixture(scope='module')
 def models():
-    """By number of classes and masks, so that none is built twice."""
+    """Models by number of classes and by masks, each built once."""
     return {}
 
 

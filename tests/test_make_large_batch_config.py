@@ -40,7 +40,7 @@ def tool():
 
 @pytest.fixture
 def make(tool, tmp_path, monkeypatch, capsys):
-    """Call the tool; the written config, its text and what was printed."""
+    """Call the tool; the written config, its text and the output."""
 
     def call(config, *options, out=None):
         out = out or tmp_path / 'out.py'
@@ -243,7 +243,7 @@ def test_own_warmup_and_base_batch_are_found(make):
 
 
 def test_official_recipe_goes_on_fewer_gpus(make):
-    """Its warm-up is found, and clipped is what was clipped."""
+    """Its warm-up is found, and its clipping is kept."""
     recipe = (
         TOOL.parents[2]
         / 'configs/faster_rcnn/faster-rcnn-align_r50_fpn_32xb16-16e_coco.py'
@@ -379,7 +379,7 @@ def test_soap_takes_the_originals_rate_for_what_it_is_to_adamw(make, own):
 
 
 def test_advice_fits_the_module_and_the_config(make, own):
-    """mmseg's heads know no norm_eval; what is clipped needs no advice."""
+    """mmseg's heads have no norm_eval; clipped gradients need no advice."""
     lines = (
         'optim_wrapper = dict('
         'clip_grad=dict(_delete_=True, max_norm=1, norm_type=2))\n'
@@ -432,7 +432,7 @@ def test_sources_that_disagree_on_the_batch_are_refused(make, tmp_path):
 
 
 def test_recipe_of_this_project_is_reproduced(make):
-    """But for its 16 epochs, which no tool can know."""
+    """Except for its 16 epochs, which no tool can know."""
     recipe = Config.fromfile(
         TOOL.parents[2]
         / 'configs/faster_rcnn/faster-rcnn_r50_fpn_32xb16-agvm-16e_coco.py'
@@ -563,7 +563,7 @@ def test_dynamic_intervals_of_iterations():
 
 
 def test_iterations_of_a_config_that_accumulates():
-    """Its iterations see less than its batch."""
+    """Its iterations have fewer images than its batch."""
     name = 'mmseg::beit/beit-large_upernet_8xb1-amp-160k_ade20k-640x640.py'
     cfg = load(name)
     assert cfg.optim_wrapper.accumulative_counts == 2
@@ -606,7 +606,7 @@ def test_hooks_of_others_are_named(own):
 @pytest.mark.parametrize('package', ['mmdet', 'mmseg'])
 @pytest.mark.slow
 def test_every_config_is_planned_or_refused(package):
-    """In a sentence each; about half a minute."""
+    """Each has a sentence; takes about half a minute."""
     planned_ones = 0
     for path in sorted(package_configs(package).rglob('*.py')):
         if '_base_' in path.parts:
@@ -782,7 +782,7 @@ def test_refusal_is_one_sentence_and_exit_code_1(tmp_path):
 
 
 def test_what_follows_a_warmup_follows_the_new_one():
-    """In epochs: an odd accumulation does not add one."""
+    """With epochs: an odd accumulation does not add one."""
     warmup = dict(type='LinearLR', start_factor=0.1, begin=0, end=1)
     cosine = dict(type='CosineAnnealingLR', begin=1, end=12, T_max=11)
     batch = planning.Batch(512, 2, 16, 16, 16)

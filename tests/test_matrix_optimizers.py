@@ -1,4 +1,4 @@
-"""SOAP and Muon: their steps, what they take, and work that ranks share.
+"""SOAP and Muon: their steps, their parameters, and shared work.
 
 1. Cutting work into parts, and weights into matrices and the rest.
 2. Steps against the library's own SOAP, and Muon's written out.
@@ -262,7 +262,7 @@ def test_groups_can_differ_in_rate_and_decay(name):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_parameters_can_be_added_later(name):
-    """As when a layer is unfrozen, in a loop of one's own."""
+    """As if a layer is unfrozen in a plain loop."""
     net = make_net()
     optimizer = OPTIMIZERS.build(
         dict(type=name, params=net[:5].parameters(), lr=0.01)
@@ -286,7 +286,7 @@ def test_options_that_are_lists_stay_whole():
 
 
 def test_gradients_that_are_not_finite_raise_nothing():
-    """Or the rank whose part it is leaves the others waiting."""
+    """Otherwise the rank with that part would leave the others waiting."""
     net = make_net()
     optimizer = OPTIMIZERS.build(
         dict(type='SOAP', params=net.parameters(), precondition_frequency=1)
@@ -301,7 +301,7 @@ def test_gradients_that_are_not_finite_raise_nothing():
 
 
 def share_everything():
-    """Which jobs this rank did, and what it got."""
+    """The jobs that this rank did, and its results."""
     done = []
 
     def do(jobs):
@@ -322,7 +322,7 @@ def share_everything():
 
 
 def count_reductions(name):
-    """Collectives of a training that hand results around."""
+    """Collectives of a training that exchange results."""
     all_reduce, calls = dist.all_reduce, []
 
     def counting(*args, **kwargs):
@@ -338,7 +338,7 @@ def count_reductions(name):
 
 
 def train_apart(name, **options):
-    """Weights of which every rank trains its own; what an error says."""
+    """Weights that each rank trains alone; the error message."""
     net = make_net()
     for param in net.parameters():
         param.data += dist.get_rank()
@@ -353,7 +353,7 @@ def train_apart(name, **options):
 
 
 def share_work():
-    """Everything that ranks do together, on one of them."""
+    """All common work of the ranks, on one of them."""
     nets = {
         name: trained(name, **options)[0].state_dict()
         for name, options in (

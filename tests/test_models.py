@@ -163,7 +163,7 @@ LIST = 'misc/list_modules.py'
 
 @pytest.fixture
 def list_modules(monkeypatch, capsys, tmp_path):
-    """Call the tool; the lines that it prints."""
+    """Call the tool; its lines of output."""
     tool = load_command(LIST)
     monkeypatch.chdir(tmp_path)
 
@@ -206,13 +206,13 @@ def test_modules_inside_of_real_models_are_listed(list_modules, tmp_path):
         '4 configs: 3 can be trained with AGVM, 0 cannot, 1 have no model '
         'that can be built here'
     )
-    # what is known is not built again
+    # known models are not built again
     assert list_modules(*names, '--out', out) == lines
     assert len(out.read_text().splitlines()) == 4
 
 
 def test_all_configs_of_a_package_are_listed(list_modules, tmp_path):
-    """On a stand-in of four configs, as all of mmdet's take minutes."""
+    """On four stand-in configs, as all of mmdet's take minutes."""
     folder = tmp_path / 'configs'
     (folder / '_base_').mkdir(parents=True)
     one = "model = dict(type='OneModule')\n"
@@ -260,7 +260,7 @@ class OneModule(BaseModel):
 def test_every_config_finds_its_modules_or_says_why_not(
     list_modules, package, tmp_path
 ):
-    """Minutes: all configs that the package was installed with."""
+    """All configs that the package was installed with; takes minutes."""
     out = tmp_path / 'modules.jsonl'
     list_modules('--all', package, '--out', out)
     rows = [json.loads(line) for line in out.read_text().splitlines()]

@@ -48,7 +48,7 @@ def shapes(levels):
 
 
 def randomize(module):
-    """Let nothing be zero that is zero at the beginning."""
+    """Make parameters that start at zero random."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
     return module
@@ -137,7 +137,7 @@ def test_node_begins_with_halves():
 
 
 def slow_gate(gate, x, z):
-    """One number: of an image."""
+    """One number for each image."""
     means = torch.cat([x.mean((1, 2)), z.mean((1, 2))])
     return 1 / (
         1 + math.exp(-float(gate.weight[0, :, 0, 0] @ means) - gate.bias)

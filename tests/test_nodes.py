@@ -24,7 +24,7 @@ def launch(config, ranks, *args):
 
 
 def train_on(nodes, config, ranks, *args, codes=None, **env):
-    """Train on nodes with so many ranks each; what each node printed."""
+    """Train on nodes with so many ranks each; the output of each node."""
     codes = codes or [0] * len(nodes.nodes)
     processes = nodes.start(*launch(config, ranks, *args), **env)
     try:
@@ -39,7 +39,7 @@ def train_on(nodes, config, ranks, *args, codes=None, **env):
 
 @pytest.fixture(scope='module')
 def one_node(tmp_path_factory):
-    """By number of ranks, the work dir of a run on this machine alone."""
+    """Work dirs of runs on this machine alone, by number of ranks."""
     work_dirs = {}
     for ranks in (3, 4):
         work_dir = tmp_path_factory.mktemp('one') / f'run{ranks}'
@@ -59,7 +59,7 @@ def losses(work_dir):
 
 @pytest.mark.parametrize('nodes, ranks', [(2, 2), (3, 1)])
 def test_nodes_equal_one_node(one_node, tmp_path, nodes, ranks):
-    """Losses, weights, optimizer and AGVM state, down to the bits."""
+    """Losses, weights, optimizer and AGVM state are bitwise equal."""
     with Network(nodes) as network:
         train_on(network, write_config(tmp_path / 'run'), ranks)
     whole = one_node[nodes * ranks]

@@ -110,7 +110,7 @@ def sharded_layer():
 
 
 class FullySharded(nn.Linear):
-    """As torch's, by its name."""
+    """A class with the name of torch's."""
 
     def __init__(self):
         super().__init__(5, 5)
@@ -120,7 +120,7 @@ FullySharded.__name__ = 'FullyShardedDataParallel'
 
 
 class Engine:
-    """As MMEngine's wrappers of engines, no module but with one in it."""
+    """Like MMEngine's engine wrappers: not a module, but with one in it."""
 
     def __init__(self, model):
         self.engine = model
@@ -203,7 +203,7 @@ def test_sparse_gradients_are_refused():
 
 
 def test_noise_scale_outlives_another_batch():
-    """It is in images, whatever the number of them in a sample is."""
+    """It is in images, for any number of images in a sample."""
     saved, resumed = build(), build()
     saved.agvm.set_batch(
         dict(ranks=4, images_per_rank=2, accumulative_counts=3)
@@ -394,7 +394,7 @@ def test_optimizer_without_second_moment_is_measured_raw(log):
 
 
 class Adan(torch.optim.SGD):
-    """Keeps a second moment, of differences of gradients, by a third beta."""
+    """Keeps a second moment of differences of gradients, with a third beta."""
 
     def __init__(self, params, lr):
         super().__init__(params, lr)

@@ -219,7 +219,7 @@ def test_biases_can_be_left_unadapted(name):
 
 
 def test_batches_differ():
-    """Or the tests above would measure nothing."""
+    """Otherwise the tests above would measure nothing."""
     assert not torch.equal(make_batch(0, 0, 0), make_batch(0, 0, 1))
 
 

@@ -1,4 +1,4 @@
-"""What a user installs: the source archive, and the wheel built of it."""
+"""The packages to install: the source archive, and the wheel built from it."""
 
 import shutil
 import subprocess
@@ -12,13 +12,13 @@ import pytest
 from commands import ROOT
 from mmengine.config import Config
 
-#: Folders of a checkout that are no part of the project.
+#: Folders of a checkout that are not part of the project.
 LEFT_OUT = ('.*', 'work_dirs', 'data', 'build', 'dist', '__pycache__')
 
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
-    """The wheel, built of the source archive, built of a copy of this."""
+    """The wheel, built from the source archive of a copy of this checkout."""
     folder = tmp_path_factory.mktemp('packaging')
     ignore = shutil.ignore_patterns(*LEFT_OUT, '*.egg-info', '*.pyc')
     shutil.copytree(ROOT, folder / 'copy', ignore=ignore)
@@ -78,7 +78,7 @@ def test_wheel_carries_the_whole_package_and_no_more(wheel):
 
 
 def test_wheel_forces_no_package_set(wheel):
-    """OpenMMLab or its fork come as extras alone, each whole."""
+    """OpenMMLab and its fork are extras only, and each is complete."""
     name = next(n for n in wheel.namelist() if n.endswith('/METADATA'))
     metadata = Parser().parsestr(wheel.read(name).decode())
     needs = {'openmmlab': set(), 'onedl': set(), None: set()}

@@ -1,4 +1,4 @@
-"""Plans of a run: its time by hand, the rest against large_batch_plan.
+"""Plans of a run: the time by hand, the rest against large_batch_plan.
 
 No time is measured but by --profile, and none is asserted.
 """

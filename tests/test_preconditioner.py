@@ -169,7 +169,7 @@ def brute_force(samples, optimizer, names, estimator, preconditioned, halves):
 def measured_and_expected(
     make, name, estimator, rank=0, ranks=1, accumulation=1
 ):
-    """History of a training, and what brute force gives for each entry."""
+    """The history of a training, and each entry by brute force."""
     model = make()
     cfg = wrapper_cfg(
         estimator=estimator,

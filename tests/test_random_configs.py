@@ -1,4 +1,4 @@
-"""Random models, modules, optimizers and settings: none may do harm."""
+"""Random models, modules, optimizers and settings: all must train."""
 
 import torch
 from hypothesis import assume, given, settings

@@ -54,7 +54,7 @@ def parallel(model, **kwargs):
 
 
 def settings_of(estimator, optimizer):
-    """AdamW from the very first update, when it has no state yet."""
+    """AdamW from the first update, when it has no state yet."""
     begin = 0 if optimizer == 'AdamW' else 1
     return dict(SETTINGS, begin=begin, estimator=estimator)
 
@@ -101,7 +101,7 @@ FLAVOURS = [
 
 
 def train_flavour(rank, estimator, flavour):
-    """Weights of float32 training, plain or measured but not modulated."""
+    """Weights of float32 training, plain or with modulate=False."""
     model = make_model().float()
     settings = dict(interval=2, modulate=False, estimator=estimator)
     cfg = wrapper_cfg(**(settings if estimator else {}))
@@ -182,7 +182,7 @@ def count_collectives(rank, world_size, estimator):
 
 
 def train_disturbed(rank, world_size, estimator, optimizer, factor):
-    """Multipliers of each rank, one of which rounds its norms otherwise."""
+    """Multipliers of each rank; one of them rounds its norms differently."""
     from mmagvm.core import functional
     from mmagvm.core.grad_variance import base
 
@@ -294,7 +294,7 @@ FAULTS = ('one nan', 'one inf', 'every nan', 'one neck nan', 'every neck inf')
 
 
 def train_faulty(rank, world_size, estimator, fault):
-    """lr_scale and phi before and after a measured update that is spoilt."""
+    """lr_scale and phi before and after a spoilt measured update."""
     model = make_model()
     wrapper = build_optim_wrapper(
         model, wrapper_cfg(interval=1, estimator=estimator)
@@ -444,7 +444,7 @@ def refuse_sharded_optimizer(rank, world_size):
 
 
 def train_skipped(rank, world_size, estimator):
-    """An overflow on one rank, under a loss scaler: what each rank has then.
+    """The state of each rank after an overflow on one, with a loss scaler.
 
     The third of five iterations overflows, so its update must not count and
     the measurement that was due in it must come with the next.
@@ -499,7 +499,7 @@ def train_resumed(rank, world_size, optimizer):
 
 
 def run_all(rank, world_size):
-    """Everything of this file in one launch, which is most of its time."""
+    """All work of this file in one launch, since launches take longest."""
     results = {
         scenario: train_rank(rank, world_size, *scenario)
         for scenario in SCENARIOS
@@ -604,7 +604,7 @@ def test_measuring_alone_changes_no_bit_of_training(results, flavour):
     for (weights, variance), expected in zip(measured, usual):
         for name, weight in plain.items():
             assert torch.equal(weights[name], weight), name
-        # another rounding, or another sum, in half precision
+        # other rounding, or another sum, in half precision
         tolerance = 0.05 if 'hook' in FLAVOURS[flavour] else 1e-3
         assert variance == pytest.approx(expected, abs=tolerance)
 
@@ -709,7 +709,7 @@ def test_phi_is_in_the_optimizers_metric(results, scenario):
 
 def test_ranks_share_the_work_of_optimizers_and_lose_no_bit(results):
     shared = [ranks['shared'] for ranks in results]
-    # each job once, by somebody
+    # each job once, by any rank
     assert sorted(sum((done for (done, _, _), *_ in shared), [])) == [
         0,
         1,
@@ -758,7 +758,7 @@ def unfreeze_rank(rank, world_size, estimator, wrap_again):
     if wrap_again:
         ddp = parallel(model)
     train(ddp, wrapper, 6, rank, start=3)
-    # the first rank to end takes the others' connections with it
+    # the first rank to end closes the others' connections
     torch.distributed.barrier()
     hooks = sum(
         len(getattr(param, '_post_accumulate_grad_hooks', None) or ())

@@ -1,4 +1,4 @@
-"""The lines of config that README and docs give a user to write.
+"""The config lines that README and docs show to users.
 
 1. The first screen's: what is left of an mmdet config is the paper's recipe.
 2. A config next to the paper's settings, in docs/settings.md.
@@ -21,7 +21,7 @@ RECIPE = (
 
 
 def snippet(page, language, *, containing):
-    """A page's only code block of a language with this in it."""
+    """A page's only code block of a language that contains a text."""
     blocks = re.findall(
         rf'```{language}\n(.*?)```', (ROOT / page).read_text(), re.S
     )

@@ -1,4 +1,4 @@
-"""One recipe of every folder trains, small, on digits."""
+"""One recipe of every folder trains a small model on digits."""
 
 import subprocess
 import sys
@@ -136,7 +136,7 @@ def dataset_cfg(file, digits):
 
 
 def epochs_of(file):
-    """The two that learn slowest, being one-level or focal, are fast."""
+    """More epochs for the two slowest, with one level or focal loss."""
     return 8 if file.startswith(('retinanet', 'ablations')) else 3
 
 
@@ -178,7 +178,7 @@ def small_cfg(file, digits, work_dir):
 
 
 class Watch(Hook):
-    """Keeps the initialised weights, and all losses."""
+    """Records the initial weights, and all losses."""
 
     def __init__(self):
         self.values = []
@@ -225,7 +225,7 @@ def test_recipe_trains(file, digits, tmp_path):
 
 
 def test_recipe_trains_on_two_ranks(digits, tmp_path):
-    """By the whole command, where the Runner reads more settings."""
+    """By the whole command, since the Runner reads more settings there."""
     cfg = small_cfg(
         'faster_rcnn/faster-rcnn_r50_fpn_2xb16-agvm-16e_coco.py',
         digits,

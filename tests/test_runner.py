@@ -36,7 +36,7 @@ pytestmark = pytest.mark.host
 
 @MODELS.register_module()
 class OwnTrainStep(ToyModel):
-    """Trains as it likes, in one of several ways."""
+    """Has a train_step of its own, in one of several ways."""
 
     def __init__(self, way):
         super().__init__()
@@ -70,7 +70,7 @@ class OwnTrainStep(ToyModel):
 
 @MODELS.register_module()
 class NoSignal(ToyModel):
-    """Where the neck is pulled to opposite sides by turns, later on."""
+    """In later updates the gradients of the neck alternate in sign."""
 
     def __init__(self):
         super().__init__()
@@ -325,7 +325,7 @@ def test_noise_scale_is_logged_in_images(tmp_path):
 
 @pytest.mark.parametrize('modules', ['backbone', ['backbone', 'neck']])
 def test_activation_checkpointing_changes_nothing(tmp_path, modules):
-    """MMEngine's setting, where the images that come in need no gradient."""
+    """MMEngine's setting, for inputs that need no gradient."""
     cfg = toy_cfg(tmp_path / 'checkpointed', max_epochs=1)
     cfg.activation_checkpointing = modules
     ours = run(cfg).model.state_dict()
@@ -393,7 +393,7 @@ def test_averaged_weights_change_nothing(tmp_path):
 
 
 def test_series_are_not_kept(tmp_path):
-    """Or each value would cost more than the one before."""
+    """Otherwise each value would cost more than the one before."""
     runner = run(toy_cfg(tmp_path / 'run'))
     for key, buffer in runner.message_hub.log_scalars.items():
         if 'agvm' in key:
@@ -449,7 +449,7 @@ def only_finite(text):
 
 
 def test_every_line_is_json(tmp_path):
-    """Also where no signal shows, so that the noise scale is infinite."""
+    """Also without a signal, where the noise scale is infinite."""
     cfg = toy_cfg(tmp_path / 'run', estimator='pairs', ema_decay=0.0)
     cfg.model = dict(type='NoSignal')
     runner = run(cfg)
@@ -494,7 +494,7 @@ def test_learning_rate_that_forgets_accumulation_is_reported(tmp_path, counts):
 
 @DATA_SAMPLERS.register_module()
 class PlainBatches(BatchSampler):
-    """As torch's, from a config."""
+    """torch's data loader, built from a config."""
 
     def __init__(self, sampler, batch_size):
         super().__init__(sampler, batch_size, drop_last=False)
@@ -536,7 +536,7 @@ def small_loader(batches):
 
 
 class MultiSize(list):
-    """As a sampler that takes turns between data sets."""
+    """Like a sampler that alternates between data sets."""
 
     batch_size = [4, 2]
 
@@ -578,7 +578,7 @@ def test_images_are_counted_where_the_loader_does_not_tell(
 
 
 class Sample:
-    """As a data sample of mmdet."""
+    """Like a data sample of mmdet."""
 
     def __init__(self, img_path):
         self.img_path = img_path
@@ -626,7 +626,7 @@ def test_images_of_a_batch(batch, images):
 
 
 def test_compiled_training_is_compiled_once(tmp_path):
-    """Whether updates are measured or not, and with the same numbers."""
+    """Also if updates are measured, and with the same numbers."""
     graphs = []
 
     @HOOKS.register_module(force=True)
@@ -814,7 +814,7 @@ def test_import_registers_and_needs_no_host():
 
 
 def test_taken_names_are_left_alone_and_reported():
-    """In a project that has classes of these names, whatever they do."""
+    """In a project that has its own classes of these names."""
     code = (
         'import importlib, sys\n'
         'from mmengine.registry import *\n'
@@ -858,7 +858,7 @@ def test_taken_names_are_left_alone_and_reported():
 
 
 def test_names_that_are_taken_later_are_reported():
-    """As always where this project's tools import a project of somebody."""
+    """As if this project's tools import another project."""
     code = (
         'import mmagvm\n'
         'from mmengine.registry import OPTIMIZERS\n'
@@ -923,7 +923,7 @@ def test_old_host_is_refused(version, monkeypatch):
 
 
 def test_mmseg_bases_are_found_without_mmsegmentation(monkeypatch):
-    """The fork has the module, in a package of another name."""
+    """The fork has the module, but its package has another name."""
 
     def version(package):
         raise PackageNotFoundError(package)
@@ -957,7 +957,7 @@ def test_checkpoint_without_optimizer_is_reported(tmp_path):
 
 @pytest.mark.parametrize('old', [False, True])
 def test_resuming_does_not_warn_of_agvms_keys(tmp_path, old, monkeypatch):
-    """Whether the checkpoint is of now, or names them as older ones do."""
+    """The checkpoint is new, or names them as older ones do."""
     if old:
         monkeypatch.setattr(
             'mmagvm.engine.hook.AGVMHook.before_save_checkpoint',
@@ -975,7 +975,7 @@ def test_resuming_does_not_warn_of_agvms_keys(tmp_path, old, monkeypatch):
 
 @HOOKS.register_module()
 class Unfreeze(Hook):
-    """As in mmdet's documentation, at an epoch."""
+    """At an epoch, as in mmdet's documentation."""
 
     def before_train_epoch(self, runner):
         if runner.epoch == 1:

@@ -53,7 +53,7 @@ def train(config, work_dir, *args, **env):
 
 
 def lines(work_dir):
-    """What each iteration logged, of all starts of a run."""
+    """The log of each iteration, over all starts of a run."""
     return [
         json.loads(line)
         for file in sorted(work_dir.glob('*/vis_data/scalars.json'))
@@ -63,7 +63,7 @@ def lines(work_dir):
 
 
 def test_detector_is_killed_resumed_and_evaluated(tmp_path, digits):
-    """In shards, twice: in one go, and with a rank killed in epoch two."""
+    """In shards, twice: unbroken, and with a rank killed in epoch two."""
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     config = detector(tmp_path, digits, **SHARDED)
     output = train(config, whole)

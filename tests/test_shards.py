@@ -154,7 +154,7 @@ def divided(rank):
 
 
 def thawed(rank, frozen):
-    """A layer that is frozen, or is not, and changes that in mid-training."""
+    """A layer that is frozen or unfrozen during training."""
     model = make_model().float()
     model.backbone[0].requires_grad_(not frozen)
     outer = wrapped(model, True)
@@ -173,7 +173,7 @@ def thawed(rank, frozen):
 
 @pytest.fixture(scope='module')
 def found():
-    """By number of ranks, what each of them found."""
+    """The results of each rank, by number of ranks."""
     return {ranks: run_ranks(ranks, on_ranks) for ranks in (2, 4)}
 
 
@@ -203,7 +203,7 @@ def test_phi_is_that_of_data_parallel_training(found, name):
 
 @pytest.mark.parametrize('name', ACCUMULATED)
 def test_every_micro_batch_of_a_rank_is_a_sample(found, name):
-    """As of so many more ranks with one micro-batch each."""
+    """Like more ranks with one micro-batch each."""
     ours = found[2][0][f'accumulated {name}']
     other = found[4][0][f'accumulated {name}']
     assert_same(ours, other)
@@ -248,7 +248,7 @@ def test_agvm_that_never_measures_is_plain_training(found):
 
 
 def test_bf16_parameters_and_fp32_reduction(found):
-    """Training itself is another one, so phi is only near to that in fp32."""
+    """Training itself differs, so phi is only close to that in fp32."""
     ours, exact = found[2][0]['bf16'], found[2][0]['pairs SGD'][0]
     assert ours['history'][0][1] == pytest.approx(
         exact['history'][0][1], abs=0.05
@@ -284,7 +284,7 @@ def test_gradients_that_are_divided_otherwise_are_not_measured(found):
 
 @pytest.mark.parametrize('frozen', [True, False])
 def test_layers_may_be_frozen_and_unfrozen_in_mid_training(found, frozen):
-    """Shards average all that is trained, whenever it begins."""
+    """Shards average all trained parameters, also those unfrozen later."""
     trained, measured = found[2][0]['thawed'][0 if frozen else 1]
     assert trained == [not frozen] * 2 + [frozen] * 2
     assert measured == 4

@@ -45,7 +45,7 @@ os.write(1, (json.dumps([env, sys.argv[1:]]) + chr(10)).encode())' "$@"
 
 
 def launch(folder, script, *args, programs=None, code=0, **env):
-    """Run a launcher where these programs are found before others."""
+    """Run a launcher with these programs first in PATH."""
     programs = programs or dict(srun=SRUN, scontrol=SCONTROL, python=PYTHON)
     for name, text in programs.items():
         (folder / name).write_text(text)
@@ -179,7 +179,7 @@ def test_unknown_first_node_is_an_error(tmp_path):
 
 
 def test_two_tasks_train_together(tmp_path):
-    """All but Slurm itself is real: two tasks of one rank, on this machine."""
+    """Only Slurm is a stand-in: two tasks of one rank, on this machine."""
     launch(
         *(
             tmp_path,

@@ -18,7 +18,7 @@ RECIPE = 'configs/faster_rcnn/faster-rcnn_r50_fpn_32xb16-agvm-16e_coco.py'
 
 
 def command(*args, check=True, **env):
-    """Run a command in the project's root; its stdout and stderr as one."""
+    """Run a command in the project's root; its stdout and stderr, merged."""
     done = subprocess.run(
         [str(arg) for arg in args],
         cwd=ROOT,
@@ -218,7 +218,7 @@ def test_runs_are_reported(work_dir, tmp_path, tool, message):
     out = tmp_path / 'out'
     script, *options = [str(out) if item == 'OUT' else item for item in tool]
     read = QUICKSTART if script.endswith('plan_run.py') else work_dir
-    # so few measurements are no failure of the tool's
+    # too few measurements are not an error of the tool
     enough = 'advise' not in script
     done = command(
         sys.executable, f'tools/{script}', read, *options, check=enough

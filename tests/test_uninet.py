@@ -53,7 +53,7 @@ def build(**settings):
     torch.manual_seed(0)
     model = UniNet(**{**SMALL, **settings})
     for module in model.modules():
-        # a block that begins as the identity would hide what it computes
+        # a block that starts as the identity would hide its computation
         if isinstance(module, ConvBlock):
             nn.init.ones_(module.layers[-1].weight)
     return model

@@ -1,4 +1,4 @@
-"""Imports torchvision beside a torch that its compiled operators do not fit.
+"""Imports torchvision with a torch that does not fit its operators.
 
 PyPI's torchvision is built for PyPI's torch, with CUDA. Beside torch for CPUs
 its library cannot be loaded, and importing it fails.
@@ -18,12 +18,12 @@ FOLDER = Path(sys.prefix) / 'torchvision'
 
 
 def has_torchvision() -> bool:
-    """Whether it is installed, here or for itself."""
+    """Whether it is installed, in the environment or in its own folder."""
     return FOLDER.is_dir() or find_spec('torchvision') is not None
 
 
 def import_torchvision() -> None:
-    """Import it, with operators of this file where its own do not load.
+    """Import it, with operators of this file if its own do not load.
 
     FOLDER must be in PYTHONPATH.
     """
@@ -51,7 +51,7 @@ def import_torchvision() -> None:
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Indices of the boxes that no better one covers, best first."""
+    """Indices of the boxes that no better box covers, best first."""
     from torchvision.ops import box_iou
 
     order = scores.argsort(descending=True, stable=True)

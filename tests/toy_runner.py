@@ -21,7 +21,7 @@ ITERATIONS = 8
 
 @MODELS.register_module()
 class ToyModel(BaseModel):
-    """ToyDetector as the Runner wants it."""
+    """ToyDetector for the Runner."""
 
     def __init__(self) -> None:
         super().__init__()
