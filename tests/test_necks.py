@@ -441,12 +441,13 @@ def test_in_a_detector(neck, tmp_path):
     [
         (
             dict(num_outs=2),
-            'num_outs=2 of RCNet is too small or no integer: write 3 or more',
+            'num_outs=2 of RCNet is too small or not an integer: '
+            'write 3 or more',
         ),
         (
             dict(num_stages=0),
-            'num_stages=0 of RCNet is too small or no integer: write 1 or '
-            'more',
+            'num_stages=0 of RCNet is too small or not an integer: '
+            'write 1 or more',
         ),
         (
             dict(start_level=3),
@@ -455,16 +456,18 @@ def test_in_a_detector(neck, tmp_path):
         ),
         (
             dict(start_level=-1),
-            'start_level=-1 of RCNet is too small or no integer: write 0 or '
-            'more',
+            'start_level=-1 of RCNet is too small or not an integer: '
+            'write 0 or more',
         ),
         (
             dict(num_fused=2),
-            'num_fused=2 of RCNet is too small or no integer: write 3 or more',
+            'num_fused=2 of RCNet is too small or not an integer: '
+            'write 3 or more',
         ),
         (
             dict(num_fused=6),
-            'num_outs=5 of RCNet is too small or no integer: write 6 or more',
+            'num_outs=5 of RCNet is too small or not an integer: '
+            'write 6 or more',
         ),
         (
             dict(shift_divisor=3),
@@ -473,13 +476,13 @@ def test_in_a_detector(neck, tmp_path):
         ),
         (
             dict(shift_divisor=2, shift_reach=2),
-            'shift_divisor=2 of RCNet is too small or no integer: write 4 or '
-            'more',
+            'shift_divisor=2 of RCNet is too small or not an integer: '
+            'write 4 or more',
         ),
         (
             dict(shift_reach=0),
-            'shift_reach=0 of RCNet is too small or no integer: write 1 or '
-            'more',
+            'shift_reach=0 of RCNet is too small or not an integer: '
+            'write 1 or more',
         ),
         (
             dict(pool_size=4),
@@ -513,5 +516,6 @@ def test_sepc_refuses():
     with pytest.raises(ValueError) as error:
         SEPC(8, 8, num_convs=0)
     assert str(error.value) == (
-        'num_convs=0 of SEPC is too small or no integer: write 1 or more'
+        'num_convs=0 of SEPC is too small or not an integer: '
+        'write 1 or more'
     )

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: tools/quickstart.sh
-# Installs everything into .venv, makes a small detection data set of real
-# handwritten digits, trains a Faster R-CNN with AGVM on it with two parallel
-# processes, evaluates it and draws what AGVM measured.
+# Installs everything into .venv, and makes a small detection data set of real
+# handwritten digits. Trains a Faster R-CNN with AGVM on it in two parallel
+# processes, evaluates it and draws AGVM's measurements.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -45,7 +45,7 @@ if [ ! -f $DATA/annotations/val.json ]; then
     python tools/dataset_converters/digits2coco.py $DATA >> $LOG 2>&1
 fi
 
-# how many GPUs can be used, or in words why none
+# the number of usable GPUs, or the reason why there is none
 gpus=$(python - 2>> $LOG <<'PYTHON'
 import torch
 from mmcv.ops import get_compiling_cuda_version
@@ -66,7 +66,7 @@ case $gpus in
     export CUDA_VISIBLE_DEVICES=-1
     ;;
 1)
-    # NCCL wants a GPU for each rank: two micro-batches instead of two ranks
+    # NCCL needs a GPU for each rank: two micro-batches instead of two ranks
     step 3 "training on one GPU, with two accumulated micro-batches"
     ranks=1
     options=(--cfg-options optim_wrapper.accumulative_counts=2)
@@ -78,7 +78,7 @@ esac
 export PORT=${PORT:-$(python -c 'import socket
 with socket.socket() as s: s.bind(("", 0)); print(s.getsockname()[1])')}
 
-# of each 50th iteration, and of each evaluation
+# shows the loss of every 50th iteration, and the AP of every evaluation
 train='s/.*Epoch(train) *\[\([0-9]*\)\]\[ *\([0-9]*[05]0\)\/\([0-9]*\)\].*'
 train+=' loss: \([0-9.]*\).*/epoch \1, iteration \2 of \3: loss \4/p'
 evaluation='s/.*Epoch(val) *\[\([0-9]*\)\].*bbox_mAP: \([0-9.]*\).*'

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Usage: tools/run_tests.sh [--fast] [arguments of pytest]
 # Style, types and the whole suite in .venv, with OpenMMLab's packages. Makes
-# the environment where it is not there. --fast leaves out tests marked `slow`.
+# the environment if it is missing. --fast skips the tests marked `slow`.
 # HOSTS="openmmlab onedl" also runs the tests marked `host` in .venv-onedl, with
-# the onedl forks; HOSTS=onedl runs these only. JOBS (2) tests run side by side.
+# the onedl forks; HOSTS=onedl runs only these. JOBS (2) tests run in parallel.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 HOSTS=${HOSTS:-openmmlab}

@@ -28,14 +28,13 @@ from matplotlib.ticker import (  # noqa: E402
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType  # not in every version
 
-#: Okabe and Ito's colours, which the colour-blind can distinguish. Where
-#: there is no colour, dashes and markers do: no two of 12 lines share all
-#: three.
+#: Okabe and Ito's colours, which the colour-blind can distinguish. Dashes and
+#: markers distinguish lines without colour: no two of 12 share all three.
 COLOURS = ['#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00']
 DASHES = ['-', (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1.5, 1))]
 MARKERS = 'osD^v<>Pp*hX'
 
-#: Inches: figures are made in the size in which a paper prints them.
+#: Inches, the sizes in which a paper prints figures.
 COLUMN, PAGE = 3.4, 7.0
 TEXT: 'Dict[RcKeyType, Any]' = {
     'font.size': 7.5,
@@ -51,7 +50,7 @@ TEXT: 'Dict[RcKeyType, Any]' = {
 
 @dataclass
 class Quantity:
-    """What a figure shows of every module.
+    """A quantity that a figure shows for every module.
 
     Attributes:
         label: Of the y axis.

@@ -52,13 +52,14 @@ Row = Tuple[str, List[str]]
 MODULE_SECTIONS = {
     'variance': (
         'Gradient variance',
-        'How much the two halves of a batch disagree on the gradient of each '
-        'module: 0 not at all, 1 nothing in common. Faint lines are raw '
-        'values, strong lines the running mean of {width} measurements.',
+        'How far the gradients of the two halves of a batch differ in each '
+        'module: 0 for equal directions, 1 for orthogonal ones. Faint lines '
+        'are raw values, strong lines the running mean of {width} '
+        'measurements.',
     ),
     'lr_scale': (
         'Learning-rate multiplier',
-        'What the learning rate of each module is multiplied by.',
+        'The factor of the learning rate of each module.',
     ),
     'noise_scale': (
         'Noise scale',
@@ -83,7 +84,7 @@ def flatten(value: Any, prefix: str = '') -> Iterator[Tuple[str, str]]:
 
 
 def settings(runs: Sequence[Run]) -> Tuple[List[Row], List[Row]]:
-    """Those that differ, and all."""
+    """The settings that differ between runs, and all settings."""
     columns = [
         dict(flatten(run.config.to_dict() if run.config else {}))
         for run in runs
@@ -101,7 +102,7 @@ def settings(runs: Sequence[Run]) -> Tuple[List[Row], List[Row]]:
 
 
 def facts(runs: List[Run]) -> List[Row]:
-    """Where runs came from and how they ended."""
+    """The origin and the end of each run."""
     rows = [
         ('config', [config_name(run) for run in runs]),
         ('mmagvm', [commit(run) or 'not recorded' for run in runs]),
@@ -120,7 +121,7 @@ def facts(runs: List[Run]) -> List[Row]:
 
 
 def costs(runs: Sequence[Run]) -> List[Row]:
-    """Counts of measurements and of skipped ones, and seconds."""
+    """The numbers of measurements and of skipped ones, and their time."""
     rows: Dict[str, List[str]] = {}
     for run in runs:
         counts, times = measurements(run), update_time(run)
@@ -141,7 +142,7 @@ def costs(runs: Sequence[Run]) -> List[Row]:
                 share += ': within noise'
         cells = {
             'measurements': f'{counts["measured"]:.0f}' if counts else '-',
-            'skipped, for NaN or infinity': skipped,
+            'skipped (NaN or infinite)': skipped,
             'iteration': _seconds(iteration_time(run)),
             'measured update': _seconds(times and times['measured']),
             'other update': _seconds(times and times['unmeasured']),
@@ -209,7 +210,7 @@ def page(
     """The page, in HTML.
 
     Args:
-        runs: To be compared.
+        runs: The runs to compare.
         title: Defaults to the runs' names.
         report: Called with a line for each section that has been drawn.
 

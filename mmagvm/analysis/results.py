@@ -16,7 +16,7 @@ from mmagvm.analysis.run_summary import (
 
 
 def result(run: Run) -> Dict[str, Any]:
-    """The row of a run; None for what it did not record."""
+    """The row of a run; None for values that it did not record."""
     return dict(
         run=run.name,
         config=config_name(run),
@@ -32,7 +32,7 @@ def result(run: Run) -> Dict[str, Any]:
 
 
 def markdown(results: List[Dict[str, Any]], tags: List[str]) -> str:
-    """A table; '-' stands for what was not recorded."""
+    """A table; '-' stands for values that were not recorded."""
     header = ['config', 'batch size', 'seed', 'trained', *tags]
     header += ['commit', 'log']
     lines = [header, ['---'] * len(header)]

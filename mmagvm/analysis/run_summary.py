@@ -134,7 +134,7 @@ def iteration_time(run: Run) -> Optional[float]:
 
 
 def update_time(run: Run) -> Optional[Dict[str, Any]]:
-    """What measuring costs, from logged updates of both kinds.
+    """The cost of measuring, from logged updates of both kinds.
 
     A measured update is compared with the other one of the same logged line,
     so that influences on both cancel.

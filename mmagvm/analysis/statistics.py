@@ -5,7 +5,7 @@ from typing import Dict, Sequence, Union
 
 import numpy as np
 
-#: One of each repetition.
+#: One value of each repetition.
 Values = Union[Sequence[float], np.ndarray]
 
 

@@ -14,11 +14,11 @@ RELU: Config = dict(type='ReLU')
 
 
 class Conv3x3(nn.Module):
-    """Activation, 3x3 convolution and normalization; the last is optional.
+    """Optional activation, 3x3 convolution and optional normalization.
 
-    The activation is optional, too. The module takes (N, ``in_channels``, H,
-    W) to (N, ``out_channels``, ceil(H / ``stride``), ceil(W / ``stride``)),
-    for any H and W. The convolution has no bias, as MMCV's deformable one.
+    Takes (N, ``in_channels``, H, W) to (N, ``out_channels``, ceil(H /
+    ``stride``), ceil(W / ``stride``)), for any H and W. Like MMCV's deformable
+    one, the convolution has no bias.
 
     Args:
         in_channels: Of the input.
@@ -142,6 +142,6 @@ def check_least(neck: str, name: str, value: Any, least: int) -> None:
     """Raise ValueError unless ``value`` is an integer of that size."""
     if not isinstance(value, int) or value < least:
         raise ValueError(
-            f'{name}={value!r} of {neck} is too small or no integer: write '
-            f'{least} or more'
+            f'{name}={value!r} of {neck} is too small or not an integer: '
+            f'write {least} or more'
         )

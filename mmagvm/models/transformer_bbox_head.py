@@ -28,8 +28,8 @@ class TransformerBBoxHead(BBoxHead):
     its choice, too: weights of std 0.02, biases 0. Those of the last layers
     are BBoxHead's. There is no dropout and no stochastic depth.
 
-    A batch without any RoI is no special case for data-parallel training:
-    every parameter then has a gradient, which is zero.
+    A batch without RoIs works in data-parallel training: every parameter then
+    has a gradient, which is zero.
 
     Args:
         in_channels: Of the RoI features, and the width of all blocks.

@@ -33,7 +33,7 @@ from mmagvm.planning.noise_scales import (
     variance_at,
 )
 
-#: An interval as wide as this, upper over lower end, is no advice.
+#: From this ratio of its ends on, an interval gives no advice.
 TOO_WIDE = 4.0
 
 
