@@ -516,6 +516,5 @@ def test_sepc_refuses():
     with pytest.raises(ValueError) as error:
         SEPC(8, 8, num_convs=0)
     assert str(error.value) == (
-        'num_convs=0 of SEPC is too small or not an integer: '
-        'write 1 or more'
+        'num_convs=0 of SEPC is too small or not an integer: write 1 or more'
     )
