@@ -21,7 +21,7 @@ def draw_means(
     """Plausible means of correlated series, by the method of batch means.
 
     The averages of blocks of consecutive values are nearly independent and
-    normal, so their mean, over its standard error, has Student's distribution
+    normal. So their mean, over its standard error, has Student's distribution
     with ``blocks - 1`` degrees of freedom. Draws of it keep the correlation
     between series, so that functions of several means can be judged.
 

@@ -1,8 +1,8 @@
 """Counts parameters of HTC-X with UniNet-G, and runs it with few blocks.
 
 The whole detector is built on torch's meta device. One forward and backward
-pass of all of its parts, at full width but with stages of three blocks, runs
-on this machine, and torch's profiler counts its memory.
+pass runs on this machine, with all parts at full width, but stages of three
+blocks. torch's profiler counts its memory.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Compares the times that plan_run predicts with those of ranks on this CPU.
 
-The time of a Faster R-CNN's update on one rank is calibrated, and so are the
-bandwidth and latency of an all-reduce of plain tensors between two ranks.
+Calibrated are the time of a Faster R-CNN's update on one rank, and bandwidth
+and latency of an all-reduce of plain tensors between two ranks.
 Updates on more ranks are predicted, plain and measured by AGVM. Ranks are
 processes over gloo, with one thread each. If there are more ranks than cores,
 computing and sending are assumed to take as many times longer. The shortest

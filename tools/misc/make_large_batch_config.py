@@ -1,7 +1,7 @@
 """Turns a config of mmdet or mmseg into its large-batch version with AGVM.
 
-Writes a config that inherits from the original and states the difference,
-loads and builds it to see that it works, and reports what changed and why.
+Writes a config that inherits from the original and states the difference.
+Then loads and builds it as a check, and reports what changed and why.
 """
 
 import argparse
