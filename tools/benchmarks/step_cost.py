@@ -281,7 +281,7 @@ def tables(results: Dict[str, Any]) -> str:
     ]
     for ranks, part in results['ranks'].items():
         lines += ['', f'**{ranks} ranks: time**', '', _time_table(part)]
-        lines += ['', f'**{ranks} ranks: what is sent, read and held**', '']
+        lines += ['', f'**{ranks} ranks: bytes sent, transfers and memory**', '']
         lines += [_count_table(part)]
     if results['optimizer_step']:
         lines += ['', '**Optimizer step**', '']
@@ -365,7 +365,7 @@ def _count_table(part: Dict[str, Any]) -> str:
 def _step_table(rows: List[Dict[str, Any]]) -> str:
     return table(
         (
-            'AdamW with the own paramwise_cfg of',
+            'AdamW with the paramwise_cfg of',
             'implementation',
             'groups, plain',
             'groups, AGVM',
