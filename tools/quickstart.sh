@@ -108,8 +108,8 @@ Look at
   $WORK_DIR/*.png           more figures
   $log_dir    log and series
 Next
-  your config   python tools/misc/make_large_batch_config.py CONFIG \\
-                    --batch-size 512 --gpus 32
-  launch it     bash tools/dist_train.sh THE_NEW_CONFIG 8
-  what to set   docs/settings.md
+  convert your config   python tools/misc/make_large_batch_config.py CONFIG \\
+                            --batch-size 128 --gpus 8
+  train with it         bash tools/dist_train.sh THE_NEW_CONFIG 8
+  read the docs         docs/index.md, docs/settings.md
 END

@@ -281,7 +281,7 @@ def tables(results: Dict[str, Any]) -> str:
     ]
     for ranks, part in results['ranks'].items():
         lines += ['', f'**{ranks} ranks: time**', '', _time_table(part)]
-        lines += ['', f'**{ranks} ranks: bytes sent, transfers and memory**', '']
+        lines += ['', f'**{ranks} ranks: bytes, transfers, memory**', '']
         lines += [_count_table(part)]
     if results['optimizer_step']:
         lines += ['', '**Optimizer step**', '']
