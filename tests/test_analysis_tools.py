@@ -242,7 +242,7 @@ def test_what_is_missing_is_reported(tmp_path):
     for text in (
         'short: ends at iteration 60, the longest run at 90',
         'short: agvm/measured was not logged',
-        'short: variance of neck is NaN or infinite in 2 of 6 measurements',
+        'short: variance of neck has gaps: it is NaN or infinite in 2 of 6',
         "long: no noise_scale: not logged: only estimator='pairs' measures it",
     ):
         assert text in output

@@ -863,7 +863,7 @@ def test_what_cannot_be_sharded_is_refused(make, own, options, lines, message):
     [
         (
             dict(strategy=dict(type='FullyShardStrategy')),
-            "set runner_type='FlexibleRunner' too",
+            "also set runner_type='FlexibleRunner'",
         ),
         (
             dict(
