@@ -35,13 +35,17 @@ napoleon_use_ivar = True
 def adapt(app: Sphinx, docname: str, source: List[str]) -> None:
     """Write for MyST what pages write for GitHub.
 
-    ``<a id="name"></a>`` becomes a target. Markdown outside of this folder is
-    no page of the site, but a file to download, as all else there.
+    ``<a id="name"></a>`` becomes a target. ``docs/recipes`` is a symbolic link
+    to ``configs``, so that READMEs there are pages of the site. MyST would
+    follow it, so links to these pages are written as Sphinx's roles.
     """
     text = re.sub(r'^<a id="([\w-]+)"></a>$', r'(\1)=', source[0], flags=re.M)
-    source[0] = re.sub(
-        r'\]\((\.\./[^)#]+\.md)(#[^)]*)?\)', r'](path:\1)', text
+    text = re.sub(
+        r'\[([^]]+)\]\(\.\./(?:configs/)?(\w+/README)\.md(?:#[^)]*)?\)',
+        r'{doc}`\1 </recipes/\2>`',
+        text,
     )
+    source[0] = text
 
 
 def setup(app: Sphinx) -> None:

@@ -56,6 +56,8 @@ def test_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stdout[-5000:]
     page = (tmp_path / 'site/api.html').read_text()
     assert 'id="mmagvm.core.AGVM.micro_batch"' in page
+    page = (tmp_path / 'site/recipes/mask_rcnn/README.html').read_text()
+    assert 'href="../faster_rcnn/README.html"' in page
 
 
 @pytest.mark.parametrize(
