@@ -289,7 +289,7 @@ def test_rank_that_fails_ends_all_with_a_table(tmp_path):
 
 def test_timeout_of_no_time_is_refused():
     output = run('python', 'tools/check_setup.py', '--timeout', '0', code=1)
-    assert '--timeout 0: the seconds' in output
+    assert '--timeout 0: each check' in output
     assert 'Traceback' not in output
 
 
