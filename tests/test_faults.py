@@ -357,5 +357,7 @@ print('gloo threads:', before > 0, threads())
 @pytest.mark.parametrize('timeout', ['soon', '0', '-1', '1.5'])
 def test_bad_timeout_is_refused(timeout, monkeypatch):
     monkeypatch.setenv('TIMEOUT', timeout)
-    with pytest.raises(UsageError, match=f'TIMEOUT={timeout}: write the seconds'):
+    with pytest.raises(
+        UsageError, match=f'TIMEOUT={timeout}: write the seconds'
+    ):
         timeout_seconds()

@@ -518,7 +518,10 @@ def changed(index, **sizes):
         (dict(arch=changed(1, depth=0)), 'depth=0.*1 or more'),
         (dict(arch=changed(1, channels=2.5)), 'channels=2.5.*1 or more'),
         (dict(arch=changed(1, stride=4)), 'stride=4.*1 or 2'),
-        (dict(arch=changed(1, windows=(4,))), r'windows=\(4,\).*leave windows out'),
+        (
+            dict(arch=changed(1, windows=(4,))),
+            r'windows=\(4,\).*leave windows out',
+        ),
         (dict(arch=changed(3, windows=())), r'windows=\(\).*such as'),
         (dict(arch=changed(3, windows=(-1,))), r'windows=\(-1,\).*such as'),
         (dict(head_dim=24), 'head_dim=24.*32 channels.*divisor'),
