@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from typing import List
+from pathlib import Path
+from typing import Callable, List
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ warnings.filterwarnings('ignore')
 # threads cost toys more than they gain, especially on a busy machine
 torch.set_num_threads(1)
 
+FASTER_RCNN = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 #: Files whose tests start many processes or train real models, longest first.
 SLOW = (
     *('tools', 'study', 'faults', 'recipes_train', 'ranks', 'benchmarks'),
@@ -53,3 +55,18 @@ def log() -> List[str]:
     logger.addHandler(handler)
     yield messages
     logger.removeHandler(handler)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Callable[..., Path]:
+    """A user's own config: a few lines of their own and a package's base."""
+
+    def write(
+        base: str = FASTER_RCNN, lines: str = '', name: str = 'own.py'
+    ) -> Path:
+        file = tmp_path / 'configs' / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f'_base_ = {base!r}\n{lines}\n')
+        return file
+
+    return write

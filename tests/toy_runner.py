@@ -1,10 +1,11 @@
 """The toy as MMEngine's Runner trains it; configs can import this module."""
 
+import json
 import os
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, Union
+from typing import Any, Dict, List, Union
 
 import torch
 from mmengine.config import Config
@@ -118,3 +119,32 @@ def toy_cfg(
             experiment_name=str(work_dir).replace('/', '_'),
         )
     )
+
+
+@HOOKS.register_module()
+class PowerCut(Hook):
+    """Ends a run in its second epoch, after the first one's checkpoint."""
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        if runner.epoch == 1 and batch_idx == 3:
+            raise RuntimeError('power cut')
+
+
+def run(cfg: Config) -> Runner:
+    """Train as a config says."""
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    return runner
+
+
+def train_lines(runner: Runner) -> List[Dict[str, Any]]:
+    """What a run logged, line by line."""
+    scalars = Path(runner.log_dir) / 'vis_data' / 'scalars.json'
+    return [json.loads(text) for text in scalars.read_text().splitlines()]
+
+
+def log_of(runner: Runner) -> str:
+    """The text log of a run."""
+    return next(Path(runner.log_dir).glob('*.log')).read_text()
