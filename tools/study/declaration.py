@@ -235,6 +235,24 @@ methods.update(
 )
 
 # -- changes to a run, by name: what is merged into its config
+# as usual until the end of warm-up, then a cosine
+cosine = [
+    dict(
+        type='LinearLR',
+        start_factor=0.001,
+        by_epoch=False,
+        begin=0,
+        end=512,
+    ),
+    dict(
+        type='CosineAnnealingLR',
+        T_max=10,
+        begin=2,
+        end=12,
+        by_epoch=True,
+        convert_to_iter_based=True,
+    ),
+]
 variants = dict(
     no_fpn=dict(
         model=dict(
@@ -306,6 +324,18 @@ variants = dict(
     betas_9=dict(optim_wrapper=dict(optimizer=dict(betas=(0.9, 0.9)))),
     betas_99=dict(optim_wrapper=dict(optimizer=dict(betas=(0.95, 0.99)))),
     warmup_1=dict(param_scheduler={'0': dict(end=256)}),  # an epoch, not two
+    betas_8=dict(optim_wrapper=dict(optimizer=dict(betas=(0.8, 0.8)))),
+    betas_9_warmup_1=dict(
+        optim_wrapper=dict(optimizer=dict(betas=(0.9, 0.9))),
+        param_scheduler={'0': dict(end=256)},
+    ),
+    betas_9_no_clip=dict(
+        optim_wrapper=dict(clip_grad=None, optimizer=dict(betas=(0.9, 0.9))),
+    ),
+    betas_9_cosine=dict(
+        optim_wrapper=dict(optimizer=dict(betas=(0.9, 0.9))),
+        param_scheduler=cosine,
+    ),
     momentum_9=dict(optim_wrapper=dict(optimizer=dict(momentum=0.9))),
     momentum_98=dict(optim_wrapper=dict(optimizer=dict(momentum=0.98))),
 )
@@ -561,6 +591,18 @@ stages = [
         batch_sizes=[1024],
         variants=['refresh_1', 'betas_9', 'warmup_1'],
         seeds=[0, 1, 2],
+    ),
+    # betas_9 helps most of them; what helps beside it
+    dict(
+        name="SOAP's settings at the largest batch, together",
+        models=['faster_rcnn'],
+        methods=['soap'],
+        batch_sizes=[1024],
+        variants=[
+            *('betas_8', 'betas_9_warmup_1', 'betas_9_no_clip'),
+            'betas_9_cosine',
+        ],
+        seeds=[0],
     ),
     dict(
         name='AGVM and PMD-LAMB at larger batches',
