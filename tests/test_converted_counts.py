@@ -11,6 +11,7 @@ from mmagvm.planning.counts import convert_average
 from mmagvm.planning.large_batch_config import plan
 from mmagvm.planning.model_modules import package_configs
 
+
 def planned(name, batch=480, gpus=32, base=None, file=None):
     """The plan for a config, without its model."""
     cfg = load(name)
@@ -23,6 +24,7 @@ def planned(name, batch=480, gpus=32, base=None, file=None):
         base_batch_size=base,
         images=100_000,
         optimizer=None,
+        agvm=True,
     )
     return plan(cfg, args)[0]
 

@@ -336,6 +336,43 @@ def test_optimizer_is_changed(make, optimizer, lr, decay, paper):
     assert ('not in the paper' in printed) != paper
 
 
+def test_optimizer_without_agvm(make, own, tmp_path):
+    """A plain wrapper of MMEngine's, and nothing that AGVM needs."""
+    lines = "custom_hooks = [dict(type='EMAHook', momentum=0.001)]"
+    cfg, _, output = make(
+        own(lines=lines),
+        *('--batch-size', '512', '--gpus', '8'),
+        *('--optimizer', 'SOAP', '--no-agvm'),
+    )
+    wrapper = cfg.optim_wrapper
+    assert wrapper.type == 'OptimWrapper'
+    assert set(wrapper) - {'_scope_'} == {
+        *('type', 'optimizer', 'accumulative_counts', 'clip_grad')
+    }
+    assert wrapper.accumulative_counts == 4
+    assert wrapper.optimizer.type == 'SOAP'
+    assert [hook['type'] for hook in cfg.custom_hooks] == ['EMAHook']
+    assert cfg.custom_hooks[0].momentum > 0.001
+    assert cfg.custom_imports.imports == ['mmagvm']
+    assert 'modules' not in output and 'AGVM' not in output
+    # one GPU may take one micro-batch
+    cfg, _, _ = make(
+        FASTER_RCNN,
+        *('--batch-size', '16', '--gpus', '1', '--no-agvm'),
+        out=tmp_path / 'small.py',
+    )
+    assert cfg.optim_wrapper.accumulative_counts == 1
+
+
+def test_agvm_cannot_be_left_out_of_an_agvm_config(make, own):
+    lines = "optim_wrapper = dict(type='AGVMOptimWrapper')"
+    with pytest.raises(SystemExit, match='--no-agvm: the original has'):
+        make(
+            own(lines=lines),
+            *('--batch-size', '512', '--gpus', '8', '--no-agvm'),
+        )
+
+
 def test_soap_takes_the_originals_rate_for_what_it_is_to_adamw(make, own):
     pytest.importorskip('pytorch_optimizer')
     lines = (

@@ -5,6 +5,7 @@ import torch
 from mmengine.optim import build_optim_wrapper
 from toy import MODULES, make_model, train, wrapper_cfg
 
+
 def frozen_pair(frozen, updates, thaw_at, optimizer='AdamW', **settings):
     """A model trained with AGVM, and one with a plain OptimWrapper.
 

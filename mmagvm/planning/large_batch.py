@@ -115,7 +115,9 @@ class Batch:
         return int(self.accumulation * max(updates, min(old, 1)))
 
 
-def split_batch(size: int, gpus: int, max_images: int, base: int = 0) -> Batch:
+def split_batch(
+    size: int, gpus: int, max_images: int, base: int = 0, agvm: bool = True
+) -> Batch:
     """Images per GPU and micro-batches, as few of the latter as possible."""
     for name, value in (
         ('--batch-size', size),
@@ -130,7 +132,8 @@ def split_batch(size: int, gpus: int, max_images: int, base: int = 0) -> Batch:
             f'{size // gpus * gpus or gpus} or {(size // gpus + 1) * gpus}'
         )
     share = size // gpus
-    least = 2 if gpus == 1 else 1  # AGVM compares ranks or micro-batches
+    # AGVM compares ranks or micro-batches
+    least = 2 if agvm and gpus == 1 else 1
     if share < least:
         refuse(
             f'--batch-size {size} on one GPU leaves AGVM nothing to compare: '
@@ -151,6 +154,7 @@ def plan_training(
     wanted: Optional[str],
     dataset: str,
     images: Optional[int],
+    agvm: bool = True,
 ) -> Tuple[int, float]:
     """Plan optimizer, schedule and AGVM.
 
@@ -161,6 +165,7 @@ def plan_training(
         wanted: An optimizer to change to.
         dataset: Type of the data set, which chooses the learning-rate rule.
         images: In the training set; None to count them.
+        agvm: Whether AGVM trains.
 
     Returns:
         Updates of the warm-up, and of the whole training.
@@ -177,7 +182,11 @@ def plan_training(
             f'gradients clipped to norm {clip_norm:g}, as in the recipe'
         )
     warmup, total = plan_schedule(result, cfg, batch, recipe, images)
-    plan_agvm(result, cfg, batch, warmup, total, recipe)
+    result.diff['optim_wrapper']['accumulative_counts'] = batch.accumulation
+    if agvm:
+        plan_agvm(result, cfg, batch, warmup, total, recipe)
+    plan_hooks(result, cfg, batch, warmup, agvm)
+    plan_imports(result, cfg)
     report_unchanged(result, cfg, batch, total)
     return warmup, total
 
@@ -545,7 +554,6 @@ def plan_agvm(
             type_name(cfg.optim_wrapper.get('type', 'OptimWrapper'))
         ],
         constructor='AGVMOptimWrapperConstructor',
-        accumulative_counts=batch.accumulation,
         interval=interval,
         ema_decay=0.97,
         begin=warmup + delay,
@@ -572,7 +580,10 @@ def plan_agvm(
             f'the log has a line every {measured} iterations, so that it '
             'contains each measurement'
         )
-    plan_hooks(result, cfg, batch, warmup)
+
+
+def plan_imports(result: Plan, cfg: Config) -> None:
+    """Import mmagvm, which registers AGVM and optimizers."""
     imports = (cfg.get('custom_imports') or {}).get('imports', [])
     imports = [imports] if isinstance(imports, str) else list(imports)
     if 'mmagvm' not in imports:
@@ -581,7 +592,9 @@ def plan_agvm(
         )
 
 
-def plan_hooks(result: Plan, cfg: Config, batch: Batch, warmup: int) -> None:
+def plan_hooks(
+    result: Plan, cfg: Config, batch: Batch, warmup: int, agvm: bool
+) -> None:
     """AGVM's hook, and clipping around the end of warm-up."""
     old = [plain(cfg, hook) for hook in cfg.get('custom_hooks') or []]
     hooks = [dict(hook) for hook in old]
@@ -599,7 +612,7 @@ def plan_hooks(result: Plan, cfg: Config, batch: Batch, warmup: int) -> None:
                 f'ClipGradWindowHook clips updates {begin} to {end}, around '
                 'the end of the warm-up, as in the official code'
             )
-    if not any(type_name(hook['type']) == 'AGVMHook' for hook in hooks):
+    if agvm and 'AGVMHook' not in [type_name(hook['type']) for hook in hooks]:
         hooks.append(dict(type='AGVMHook'))
     if hooks != old:
         result.diff['custom_hooks'] = hooks

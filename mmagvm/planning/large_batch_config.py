@@ -1,4 +1,4 @@
-"""Turns a config of mmdet or mmseg into its large-batch version with AGVM.
+"""Turns a config of mmdet or mmseg into its large-batch version.
 
 Writes a config that inherits from the original and states the difference.
 Then loads and builds it as a check, and reports what changed and why.
@@ -15,7 +15,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import mmagvm  # noqa: F401  registers AGVM
+from mmagvm import AGVMOptimWrapper
 from mmagvm.engine.config_types import (
     is_pure_python,
     type_name,
@@ -51,7 +51,15 @@ def plan(cfg: Config, args: argparse.Namespace) -> Tuple[Plan, Batch]:
                 f'{option} {getattr(args, name)} is not a number: write 1 or '
                 'more'
             )
-    batch = split_batch(args.batch_size, args.gpus, args.max_images_per_gpu)
+    kind = type_name(cfg.optim_wrapper.get('type', 'OptimWrapper'))
+    if not args.agvm and kind.startswith('AGVM'):
+        refuse(
+            f'--no-agvm: the original has optim_wrapper.type={kind!r}: leave '
+            "the option out, or write 'OptimWrapper' there"
+        )
+    batch = split_batch(
+        args.batch_size, args.gpus, args.max_images_per_gpu, agvm=args.agvm
+    )
     base, source = (
         (args.base_batch_size, '--base-batch-size')
         if args.base_batch_size
@@ -70,7 +78,9 @@ def plan(cfg: Config, args: argparse.Namespace) -> Tuple[Plan, Batch]:
         f'images x {batch.accumulation} accumulated micro-batches'
     )
     dataset = type_name(innermost(cfg.train_dataloader.dataset).get('type'))
-    plan_training(result, cfg, batch, args.optimizer, dataset, args.images)
+    plan_training(
+        result, cfg, batch, args.optimizer, dataset, args.images, args.agvm
+    )
     return result, batch
 
 
@@ -99,11 +109,13 @@ def plan_loader(result: Plan, cfg: Config, batch: Batch) -> Dict[str, Any]:
     return loader
 
 
-def default_out(name: str, batch: Batch, optimizer: Optional[str]) -> Path:
+def default_out(
+    name: str, batch: Batch, optimizer: Optional[str], agvm: bool
+) -> Path:
     """The original's name with GPUs and images, in the current folder."""
     stem = Path(name.split('::')[-1]).stem
     accumulated = f'x{batch.accumulation}' if batch.accumulation > 1 else ''
-    suffix = f'-agvm-{optimizer.lower()}' if optimizer else '-agvm'
+    suffix = '-agvm' * agvm + (f'-{optimizer.lower()}' if optimizer else '')
     return Path(
         f'{stem}_{batch.gpus}xb{batch.images_per_gpu}{accumulated}{suffix}.py'
     )
@@ -141,7 +153,7 @@ def verify(out: Path, result: Plan, model: nn.Module) -> List[str]:
     """Load the written config and build its optimizer.
 
     Returns:
-        The modules found.
+        The modules found; none without AGVM.
     """
     try:
         cfg = Config.fromfile(out)
@@ -150,17 +162,18 @@ def verify(out: Path, result: Plan, model: nn.Module) -> List[str]:
         out.unlink()
         return refuse(f'the written config cannot be read: {one_line(error)}')
     settings = cfg.optim_wrapper
-    if type_name(settings.type) == 'AGVMAmpOptimWrapper':  # it needs a GPU
-        settings.type = 'AGVMOptimWrapper'
+    kind = type_name(settings.get('type', 'OptimWrapper'))
+    if 'AmpOptimWrapper' in kind:  # it needs a GPU
+        settings.type = kind.replace('Amp', '')
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
             settings.pop(key, None)
     try:
         wrapper = build_optim_wrapper(model, settings)
     except (ImportError, TypeError, ValueError) as error:
         out.unlink()
-        return refuse(
-            f'the config cannot be used with AGVM: {one_line(error)}'
-        )
+        return refuse(f'the config cannot be trained: {one_line(error)}')
+    if not isinstance(wrapper, AGVMOptimWrapper):
+        return []
     return list(wrapper.modulator.modules)
 
 

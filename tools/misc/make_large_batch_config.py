@@ -1,4 +1,4 @@
-"""Turns a config of mmdet or mmseg into its large-batch version with AGVM.
+"""Turns a config of mmdet or mmseg into its large-batch version.
 
 Writes a config that inherits from the original and states the difference.
 Then loads and builds it as a check, and reports what changed and why.
@@ -45,6 +45,12 @@ def parse_args() -> argparse.Namespace:
         help=f"change to one of {', '.join(OPTIONS)} (default: the config's)",
     )
     parser.add_argument(
+        '--no-agvm',
+        dest='agvm',
+        action='store_false',
+        help='leave AGVM out, such as for SOAP alone',
+    )
+    parser.add_argument(
         '--shard',
         action='store_true',
         help='split the model over all GPUs (FullyShardStrategy)',
@@ -89,15 +95,17 @@ def main() -> None:
     model = build_model(cfg)
     if args.shard:
         plan_sharding(result, cfg, batch, model)
-    out = args.out or default_out(args.config, batch, args.optimizer)
+    out = args.out or default_out(
+        args.config, batch, args.optimizer, args.agvm
+    )
     write(out, args.config, cfg, result)
     modules = verify(out, result, model)
     print(f'{out}, with {args.config} as its base:')
     for line in (
         *result.reasons,
-        f'modules: {", ".join(modules)}',
+        *([f'modules: {", ".join(modules)}'] if modules else []),
         *advise_optimizer(cfg, batch, args.optimizer, args.shard),
-        *advise_clipping(cfg, result),
+        *(advise_clipping(cfg, result) if args.agvm else []),
         *advise_norm(model, batch),
     ):
         print(f'- {line}')
