@@ -325,6 +325,13 @@ variants = dict(
     betas_99=dict(optim_wrapper=dict(optimizer=dict(betas=(0.95, 0.99)))),
     warmup_1=dict(param_scheduler={'0': dict(end=256)}),  # an epoch, not two
     betas_8=dict(optim_wrapper=dict(optimizer=dict(betas=(0.8, 0.8)))),
+    betas_6=dict(optim_wrapper=dict(optimizer=dict(betas=(0.6, 0.6)))),
+    betas_8_95=dict(optim_wrapper=dict(optimizer=dict(betas=(0.8, 0.95)))),
+    betas_95_8=dict(optim_wrapper=dict(optimizer=dict(betas=(0.95, 0.8)))),
+    betas_8_cosine=dict(
+        optim_wrapper=dict(optimizer=dict(betas=(0.8, 0.8))),
+        param_scheduler=cosine,
+    ),
     betas_9_warmup_1=dict(
         optim_wrapper=dict(optimizer=dict(betas=(0.9, 0.9))),
         param_scheduler={'0': dict(end=256)},
@@ -336,6 +343,7 @@ variants = dict(
         optim_wrapper=dict(optimizer=dict(betas=(0.9, 0.9))),
         param_scheduler=cosine,
     ),
+    momentum_8=dict(optim_wrapper=dict(optimizer=dict(momentum=0.8))),
     momentum_9=dict(optim_wrapper=dict(optimizer=dict(momentum=0.9))),
     momentum_98=dict(optim_wrapper=dict(optimizer=dict(momentum=0.98))),
 )
@@ -602,6 +610,47 @@ stages = [
             *('betas_8', 'betas_9_warmup_1', 'betas_9_no_clip'),
             'betas_9_cosine',
         ],
+        seeds=[0],
+    ),
+    # shorter averages help: which, how short, and at which batch sizes
+    dict(
+        name='shorter averages at the largest batch',
+        models=['faster_rcnn'],
+        methods=['soap'],
+        batch_sizes=[1024],
+        variants=['betas_6', 'betas_8_95', 'betas_95_8', 'betas_8_cosine'],
+        seeds=[0],
+    ),
+    dict(
+        name='shorter averages at a large batch',
+        models=['faster_rcnn'],
+        methods=['soap'],
+        batch_sizes=[256],
+        variants=['betas_9', 'betas_8', 'betas_6'],
+        seeds=[0],
+    ),
+    dict(
+        name='shorter averages at the reference batch',
+        models=['faster_rcnn'],
+        methods=['soap'],
+        batch_sizes=[32],
+        variants=['betas_9'],
+        seeds=[0],
+    ),
+    dict(
+        name='shorter averages with others',
+        models=['faster_rcnn'],
+        methods=['adamw'],
+        batch_sizes=[256, 1024],
+        variants=['betas_8'],
+        seeds=[0],
+    ),
+    dict(
+        name='shorter averages with Muon',
+        models=['faster_rcnn'],
+        methods=['muon'],
+        batch_sizes=[256, 1024],
+        variants=['momentum_8'],
         seeds=[0],
     ),
     dict(
