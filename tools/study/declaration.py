@@ -327,6 +327,7 @@ variants = dict(
     betas_8=dict(optim_wrapper=dict(optimizer=dict(betas=(0.8, 0.8)))),
     betas_6=dict(optim_wrapper=dict(optimizer=dict(betas=(0.6, 0.6)))),
     betas_8_95=dict(optim_wrapper=dict(optimizer=dict(betas=(0.8, 0.95)))),
+    betas_6_95=dict(optim_wrapper=dict(optimizer=dict(betas=(0.6, 0.95)))),
     betas_95_8=dict(optim_wrapper=dict(optimizer=dict(betas=(0.95, 0.8)))),
     betas_8_cosine=dict(
         optim_wrapper=dict(optimizer=dict(betas=(0.8, 0.8))),
@@ -629,12 +630,21 @@ stages = [
         variants=['betas_9', 'betas_8', 'betas_6'],
         seeds=[0],
     ),
+    # that of the gradient is the one
+    dict(
+        name='shorter averages of the gradient',
+        models=['faster_rcnn'],
+        methods=['soap'],
+        batch_sizes=[256, 1024],
+        variants=['betas_6_95', 'betas_8_95'],
+        seeds=[0],
+    ),
     dict(
         name='shorter averages at the reference batch',
         models=['faster_rcnn'],
         methods=['soap'],
         batch_sizes=[32],
-        variants=['betas_9'],
+        variants=['betas_8_95', 'betas_9'],
         seeds=[0],
     ),
     dict(
@@ -642,7 +652,7 @@ stages = [
         models=['faster_rcnn'],
         methods=['adamw'],
         batch_sizes=[256, 1024],
-        variants=['betas_8'],
+        variants=['betas_8_95'],
         seeds=[0],
     ),
     dict(
