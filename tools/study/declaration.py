@@ -212,6 +212,12 @@ muon = dict(type='Muon', momentum=0.95, betas=(0.9, 0.95), weight_decay=0.05)
 matrix_rates = [4e-3, 8e-3, 1.6e-2]
 methods.update(
     soap=dict(optimizer=soap, modulate=False, rates=matrix_rates),
+    # shorter averages of the gradient, for few updates
+    soap_8=dict(
+        optimizer=dict(soap, betas=(0.8, 0.95)),
+        modulate=False,
+        rates=matrix_rates,
+    ),
     agvm_soap=dict(optimizer=soap, modulate=True, rates=matrix_rates),
     muon=dict(optimizer=muon, modulate=False, rates=matrix_rates),
     agvm_muon=dict(optimizer=muon, modulate=True, rates=matrix_rates),
@@ -664,10 +670,24 @@ stages = [
         seeds=[0],
     ),
     dict(
+        name='SOAP with shorter averages at larger batches',
+        models=['faster_rcnn'],
+        methods=['soap_8'],
+        batch_sizes=[1024, 512],
+        seeds=[0, 1, 2],
+    ),
+    dict(
         name='AGVM and PMD-LAMB at larger batches',
         models=['faster_rcnn'],
         methods=['agvm_soap', 'agvm_sgd', 'pmd_lamb'],
         batch_sizes=[512, 1024],
+        seeds=[0, 1, 2],
+    ),
+    dict(
+        name='SOAP with shorter averages at the other batches',
+        models=['faster_rcnn'],
+        methods=['soap_8'],
+        batch_sizes=[256, 32],
         seeds=[0, 1, 2],
     ),
     dict(

@@ -32,6 +32,7 @@ ALIGNED = (32, 256)
 #: How methods are called, in the order of drawing.
 METHODS = dict(
     soap='SOAP',
+    soap_8='SOAP, $\\beta_1$ = 0.8',
     muon='Muon',
     adamw='AdamW',
     pmd_lamb='PMD-LAMB',
@@ -45,7 +46,7 @@ METHODS = dict(
 )
 #: Drawn against the batch size: those that run at every one.
 AT_ALL_SIZES = (
-    *('soap', 'muon', 'adamw', 'pmd_lamb', 'sgd'),
+    *('soap', 'soap_8', 'muon', 'adamw', 'pmd_lamb', 'sgd'),
     *('agvm_soap', 'agvm_sgd'),
 )
 
