@@ -670,10 +670,10 @@ stages = [
         seeds=[0],
     ),
     dict(
-        name='SOAP with shorter averages at larger batches',
+        name='SOAP with shorter averages at large batches',
         models=['faster_rcnn'],
         methods=['soap_8'],
-        batch_sizes=[1024, 512],
+        batch_sizes=[1024, 512, 256],
         seeds=[0, 1, 2],
     ),
     dict(
@@ -684,10 +684,10 @@ stages = [
         seeds=[0, 1, 2],
     ),
     dict(
-        name='SOAP with shorter averages at the other batches',
+        name='SOAP with shorter averages at the reference batch',
         models=['faster_rcnn'],
         methods=['soap_8'],
-        batch_sizes=[256, 32],
+        batch_sizes=[32],
         seeds=[0, 1, 2],
     ),
     dict(
