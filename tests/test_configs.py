@@ -67,7 +67,12 @@ OPTIMIZER = {
         type='PMDLAMB', weight_decay=0.05, period=100, moment_decay=0.5
     ),
     'lamb': dict(type='LAMB', weight_decay=0.05),
-    'soap': dict(type='SOAP', weight_decay=0.05, precondition_frequency=5),
+    'soap': dict(
+        type='SOAP',
+        betas=(0.8, 0.95),
+        weight_decay=0.05,
+        precondition_frequency=5,
+    ),
 }
 #: The iterations that the sources print: project page, appendix, note.
 ITERATIONS = {

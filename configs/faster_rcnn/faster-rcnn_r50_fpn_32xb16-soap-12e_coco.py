@@ -6,6 +6,7 @@ optim_wrapper = dict(
         _delete_=True,
         type='SOAP',
         lr=8e-4,
+        betas=(0.8, 0.95),
         weight_decay=0.05,
         precondition_frequency=5,
     ),

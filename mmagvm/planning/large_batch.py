@@ -42,7 +42,7 @@ CONSTRUCTORS = (
 #: Optimizers to change to: the optimizer with the rule for their learning
 #: rate, unless they have their own, and their options. The paper has a rate
 #: for SGD and AdamW only; this project's study has one for SOAP and Muon.
-OPTIONS: Dict[str, Tuple[str, Dict[str, float]]] = {
+OPTIONS: Dict[str, Tuple[str, Dict[str, Any]]] = {
     'SGD': ('SGD', dict(momentum=0.9, weight_decay=1e-4)),
     'LARS': (
         'SGD',
@@ -51,7 +51,11 @@ OPTIONS: Dict[str, Tuple[str, Dict[str, float]]] = {
     'AdamW': ('AdamW', dict(weight_decay=0.05)),
     'LAMB': ('AdamW', dict(weight_decay=0.05)),
     'PMDLAMB': ('AdamW', dict(weight_decay=0.05)),
-    'SOAP': ('AdamW', dict(weight_decay=0.05, precondition_frequency=5)),
+    # betas: the study's best where updates are few, and as good where not
+    'SOAP': (
+        'AdamW',
+        dict(betas=(0.8, 0.95), weight_decay=0.05, precondition_frequency=5),
+    ),
     'Muon': ('AdamW', dict(weight_decay=0.05)),
 }
 #: Source of the rates of SOAP and Muon.
@@ -321,9 +325,10 @@ def another_optimizer(
             f'times {times:.3g}, as its {old["lr"]:g} at {batch.base} is to '
             f"the {usual(batch.base):.3g} of the paper's rule; {known}"
         )
+    betas = f' and betas {options["betas"]}' if 'betas' in options else ''
     return dict(_delete_=True, type=name, lr=rounded(lr), **options), (
-        f'{replaced} -> {name} with learning rate {rounded(lr):g}: {rule} '
-        f'({known})'
+        f'{replaced} -> {name} with learning rate {rounded(lr):g}{betas}: '
+        f'{rule} ({known})'
     )
 
 
