@@ -487,7 +487,7 @@ def test_rules_for_users_follow_from_the_results(name):
     at_32 = Cell('faster_rcnn', 'adamw', 32)
     assert best_rate(DECLARED, at_32, done) == 2.83e-3
     for size in (32, 256, 512, 1024):
-        # with the betas that users get, from where updates are few
+        # with the betas that recipes have, which begin at 256
         few = name == 'SOAP' and size > 32
         cell = Cell('faster_rcnn', 'soap_8' if few else name.lower(), size)
         metrics = {

@@ -55,8 +55,8 @@ RULES: Dict[Tuple[str, str], LRRule] = {
 #: This project's own rules, by optimizer: not in the paper, not run on COCO.
 #: They are multiples of AdamW's best rate at batch 32, which on COCO is the
 #: paper's. In the study (docs/evidence_tables.md, best learning rates) SOAP's
-#: best rate is 3 to 6 times that one at each batch size from 32 to 1024, with
-#: its own betas and with those of the recipes.
+#: best rate is 3 to 6 times that one at each batch size from 32 to 1024. With
+#: the recipes' betas it is twice that one at 32, and 3 to 6 times from 256 on.
 #: Muon's is twice that one at 32 and 6 to 8 times from 256 on. At the rates of
 #: these rules box AP is within 0.02 of the best. Below 32 they are a guess.
 STUDY_RULES: Dict[str, LRRule] = {
