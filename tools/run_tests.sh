@@ -18,7 +18,7 @@ export OMP_NUM_THREADS=1
 
 echo "On 2 cores this takes about:"
 if [[ " $HOSTS " == *" openmmlab "* ]]; then
-    echo "  12 min   style, types and all tests in .venv (OpenMMLab's packages)"
+    echo "  14 min   style, types and all tests in .venv (OpenMMLab's packages)"
 fi
 if [[ " $HOSTS " == *" onedl "* ]]; then
     echo "  5 min    the tests marked host in .venv-onedl (the onedl forks)"
