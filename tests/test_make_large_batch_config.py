@@ -351,6 +351,8 @@ def test_optimizer_without_agvm(make, own, tmp_path):
     }
     assert wrapper.accumulative_counts == 4
     assert wrapper.optimizer.type == 'SOAP'
+    assert tuple(wrapper.optimizer.betas) == (0.8, 0.95)
+    assert 'and betas (0.8, 0.95)' in output
     assert [hook['type'] for hook in cfg.custom_hooks] == ['EMAHook']
     assert cfg.custom_hooks[0].momentum > 0.001
     assert cfg.custom_imports.imports == ['mmagvm']

@@ -20,6 +20,7 @@ from mmagvm.recipes.lr_scaling import (
     MEASURING_DELAY,
     RECIPES,
     RULES,
+    SOAP_OPTIONS,
     STUDY_RULES,
     LRRule,
     Recipe,
@@ -51,11 +52,7 @@ OPTIONS: Dict[str, Tuple[str, Dict[str, Any]]] = {
     'AdamW': ('AdamW', dict(weight_decay=0.05)),
     'LAMB': ('AdamW', dict(weight_decay=0.05)),
     'PMDLAMB': ('AdamW', dict(weight_decay=0.05)),
-    # betas: the study's best where updates are few, and as good where not
-    'SOAP': (
-        'AdamW',
-        dict(betas=(0.8, 0.95), weight_decay=0.05, precondition_frequency=5),
-    ),
+    'SOAP': ('AdamW', SOAP_OPTIONS),
     'Muon': ('AdamW', dict(weight_decay=0.05)),
 }
 #: Source of the rates of SOAP and Muon.

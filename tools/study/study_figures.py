@@ -27,7 +27,8 @@ SHOWN = 'faster_rcnn'
 COMPARED = dict(sgd='SGD', agvm_sgd='AGVM')
 #: Ticks of ratios of variances.
 RATIOS = (1, 2, 4, 8)
-#: Batch sizes between which a loss is set against a spread.
+#: Batch sizes whose variances are shown, and between which a loss is set
+#: against a spread.
 ALIGNED = (32, 256)
 #: How methods are called, in the order of drawing.
 METHODS = dict(
@@ -57,6 +58,7 @@ def draw_variance(study: Mapping[str, Any], done: Done, file: Path) -> None:
         cell.batch_size
         for cell in cells_of(study, done)
         if cell == Cell(SHOWN, 'agvm_sgd', cell.batch_size)
+        and cell.batch_size <= ALIGNED[1]  # beyond it SGD learns nothing
         and finals(study, done, cell)
     ]
     if not sizes:

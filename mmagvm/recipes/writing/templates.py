@@ -7,7 +7,7 @@ import re
 import textwrap
 from dataclasses import replace
 
-from mmagvm.recipes.lr_scaling import at
+from mmagvm.recipes.lr_scaling import SOAP_OPTIONS, at
 from mmagvm.recipes.writing.config_file import ConfigFile, tagged
 
 #: tau of the settings that a config inherits as ``_base_.agvm``.
@@ -224,6 +224,7 @@ def _soap(config: ConfigFile, base: str, clip: str) -> str:
         f"with SOAP: this project's own, by its study{config.note}; not in "
         f'the paper, not run on {config.data}'
     )
+    options = ''.join(f'        {k}={v!r},\n' for k, v in SOAP_OPTIONS.items())
     return f"""\
 {_comment(f'batch {config.batch_size} {text}')}
 _base_ = './{config.beside(base)}.py'
@@ -232,10 +233,7 @@ optim_wrapper = dict(
         _delete_=True,
         type='SOAP',
         lr={config.lr},
-        betas=(0.8, 0.95),
-        weight_decay=0.05,
-        precondition_frequency=5,
-    ),
+{options}    ),
 {clip}\
 )
 """
