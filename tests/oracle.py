@@ -37,6 +37,8 @@ class Oracle:
         anchor: str = 'backbone',
         estimator: str = 'split',
         max_norm: float = float('inf'),
+        restart_at_lr_drop: bool = False,
+        bound_by_grad_norm: bool = False,
     ) -> None:
         self.params = dict(model.named_parameters())
         self.model = model
@@ -49,6 +51,10 @@ class Oracle:
         self.ratio_range, self.anchor = ratio_range, anchor
         self.estimator = estimator
         self.max_norm = max_norm
+        self.restart, self.bound = restart_at_lr_drop, bound_by_grad_norm
+        self.lr_factor = 1.0
+        self.measured_factors: List[float] = []
+        self.norms: Dict[str, List[float]] = {}
         self.t = 0
         self.modules = list(dict.fromkeys(map(module_of, self.params)))
         self.mu = dict.fromkeys(self.modules, 1.0)
@@ -143,6 +149,8 @@ class Oracle:
             noise = square - signal
             if square > 0:
                 self.phi[module] = 1 - signal / (signal + 2 * noise / count)
+                average = torch.stack(flat).mean(0)
+                self.norms.setdefault(module, []).append(average.norm().item())
             else:
                 self.phi.pop(module, None)
         self.modulate()
@@ -150,15 +158,35 @@ class Oracle:
     def modulate(self) -> None:
         if self.anchor not in self.phi:
             return
-        for module in self.phi:
+        self.measured_factors.append(self.lr_factor)
+        alpha = self.alpha()
+        for module, phi in self.phi.items():
+            if self.bound and module != self.anchor:
+                phi *= self.growth(self.norms[module]) ** 2
             ratio = (
-                (self.phi[self.anchor] + self.eps)
-                / (self.phi[module] + self.eps)
+                (self.phi[self.anchor] + self.eps) / (phi + self.eps)
             ) ** 0.5
             ratio = min(max(ratio, self.ratio_range[0]), self.ratio_range[1])
-            self.mu[module] = (
-                self.ema_decay * self.mu[module] + (1 - self.ema_decay) * ratio
-            )
+            self.mu[module] = alpha * self.mu[module] + (1 - alpha) * ratio
+
+    def alpha(self) -> float:
+        """From all measured learning rates, for rates that only fall."""
+        factors = self.measured_factors
+        drops = [i for i in range(1, len(factors)) if factors[i] < factors[0]]
+        if not self.restart or not drops:
+            return self.ema_decay
+        since = len(factors) - drops[0]
+        return min(self.ema_decay, 1 - 1 / since)
+
+    def growth(self, norms: List[float]) -> float:
+        """The last norm over the root of the mean square, or 1."""
+        weights = [
+            (1 - self.ema_decay if i else 1.0)
+            * self.ema_decay ** (len(norms) - 1 - i)
+            for i in range(len(norms))
+        ]
+        square = sum(w * n**2 for w, n in zip(weights, norms))
+        return float(max(1.0, norms[-1] / square**0.5))
 
     @torch.no_grad()
     def step(self, name: str, g: torch.Tensor) -> None:
@@ -170,14 +198,15 @@ class Oracle:
         if self.optimizer == 'SGD':
             g = g + 1e-2 * p
             state['m'] = 0.9 * state['m'] + g if 'm' in state else g
-            p.sub_(0.05 * mu * state['m'])
+            p.sub_(0.05 * self.lr_factor * mu * state['m'])
             return
         n = state['n'] = state.get('n', 0) + 1
         state['m'] = 0.9 * state.get('m', 0) + 0.1 * g
         state['v'] = 0.999 * state.get('v', 0) + 0.001 * g**2
         m = state['m'] / (1 - 0.9**n)
         v = state['v'] / (1 - 0.999**n)
-        p.sub_(0.01 * mu * (m / (v.sqrt() + 1e-8) + 0.05 * p))
+        lr = 0.01 * self.lr_factor
+        p.sub_(lr * mu * (m / (v.sqrt() + 1e-8) + 0.05 * p))
 
 
 def mean(vectors: List[Vectors]) -> Vectors:

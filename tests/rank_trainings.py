@@ -36,6 +36,20 @@ SCENARIOS = [
         ('AdamW', 2, True),
     )
 ]
+#: This project's additions to the rule, while the learning rate drops.
+OWN_RULES = dict(
+    interval=1,
+    ema_decay=0.75,
+    restart_at_lr_drop=True,
+    bound_by_grad_norm=True,
+)
+DROP = 3  # the update, and
+FACTOR = 0.1
+OWN_SCENARIOS = [
+    ('pairs', 'SGD', 1, False, True),
+    ('pairs', 'AdamW', 2, False, True),
+    ('pairs', 'SGD', 2, True, True),
+]
 #: Measured in the optimizer's own metric.
 PRECONDITIONED = [
     (optimizer, estimator)
@@ -49,23 +63,33 @@ def parallel(model, **kwargs):
     return DistributedDataParallel(model, bucket_cap_mb=2e-4, **kwargs)
 
 
-def settings_of(estimator, optimizer):
+def settings_of(estimator, optimizer, own_rules=False):
     """AdamW from the first update, when it has no state yet."""
     begin = 0 if optimizer == 'AdamW' else 1
-    return dict(SETTINGS, begin=begin, estimator=estimator)
+    settings = dict(SETTINGS, begin=begin, estimator=estimator)
+    return dict(settings, **OWN_RULES) if own_rules else settings
 
 
 def train_rank(
-    rank, world_size, estimator, optimizer, accumulation, idle_head
+    rank,
+    world_size,
+    estimator,
+    optimizer,
+    accumulation,
+    idle_head,
+    own_rules=False,
 ):
     model = make_model(idle_head=idle_head)
-    settings = settings_of(estimator, optimizer)
+    settings = settings_of(estimator, optimizer, own_rules)
     wrapper = build_optim_wrapper(
         model,
         wrapper_cfg(optimizer, accumulative_counts=accumulation, **settings),
     )
     ddp = parallel(model, find_unused_parameters=idle_head)
-    train(ddp, wrapper, UPDATES, rank, accumulation)
+    train(ddp, wrapper, DROP, rank, accumulation)
+    for group in wrapper.optimizer.param_groups if own_rules else []:
+        group['lr'] *= FACTOR
+    train(ddp, wrapper, UPDATES, rank, accumulation, start=DROP)
     return dict(
         weights=model.state_dict(),
         variance=wrapper.modulator.variance,
@@ -498,7 +522,7 @@ def run_all(rank, world_size):
     """All work of this file in one launch, since launches take longest."""
     results = {
         scenario: train_rank(rank, world_size, *scenario)
-        for scenario in SCENARIOS
+        for scenario in SCENARIOS + OWN_SCENARIOS
     }
     results['flavours'] = train_flavours(rank, world_size)
     for estimator in ('split', 'pairs'):

@@ -56,6 +56,11 @@ def build(model=None, optimizer='SGD', accumulative_counts=2, **settings):
         (dict(ratio_range=(2.0, 3.0)), r'ratio_range=\(2.0, 3.0\) .*around 1'),
         (dict(ratio_range=(1.0,)), r'ratio_range=\(1.0,\) .*around 1'),
         (dict(anchor='spine'), r"anchor='spine' .*\['backbone', 'neck'"),
+        (dict(restart_at_lr_drop=0.5), 'restart_at_lr_drop=0.5 .*True or Fal'),
+        (
+            dict(bound_by_grad_norm=True, estimator='split'),
+            "bound_by_grad_norm=True .*write estimator='pairs'",
+        ),
     ],
 )
 def test_wrong_setting_is_refused(settings, message):

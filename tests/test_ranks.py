@@ -5,8 +5,11 @@ import torch
 from oracle import Oracle
 from rank_trainings import (
     DISTURBED,
+    DROP,
+    FACTOR,
     FAULTS,
     FLAVOURS,
+    OWN_SCENARIOS,
     PRECONDITIONED,
     SCENARIOS,
     TINY,
@@ -31,11 +34,11 @@ def results(request):
     return run_ranks(request.param, run_all)
 
 
-@pytest.mark.parametrize('scenario', SCENARIOS, ids=str)
+@pytest.mark.parametrize('scenario', SCENARIOS + OWN_SCENARIOS, ids=str)
 def test_ranks_equal_the_oracle(results, scenario):
-    estimator, optimizer, accumulation, idle_head = scenario
+    estimator, optimizer, accumulation, idle_head, *own_rules = scenario
     model = make_model(idle_head=idle_head)
-    settings = settings_of(estimator, optimizer)
+    settings = settings_of(estimator, optimizer, *own_rules)
     oracle = Oracle(
         model,
         make_batch,
@@ -44,13 +47,16 @@ def test_ranks_equal_the_oracle(results, scenario):
         optimizer=optimizer,
         **settings,
     )
-    for _ in range(UPDATES):
+    for update in range(UPDATES):
+        if own_rules and update == DROP:
+            oracle.lr_factor = FACTOR
         oracle.update()
     for result in (ranks[scenario] for ranks in results):
         assert result['world_size'] == len(results)
         # `pairs` waits for AdamW's second moment
         waits = estimator == 'pairs' and optimizer == 'AdamW'
-        assert result['measured'] == (2 if waits else 3)
+        expected = 5 if own_rules else 2 if waits else 3
+        assert result['measured'] == expected
         assert set(result['lr_scale']) == set(MODULES)
         assert result['lr_scale'] == pytest.approx(oracle.mu, rel=1e-9)
         assert max(abs(mu - 1) for mu in oracle.mu.values()) > 0.05
@@ -63,7 +69,7 @@ def test_ranks_equal_the_oracle(results, scenario):
 
 
 def test_all_ranks_agree_bit_for_bit(results):
-    for scenario in SCENARIOS:
+    for scenario in SCENARIOS + OWN_SCENARIOS:
         first = results[0][scenario]
         for other in (ranks[scenario] for ranks in results[1:]):
             assert other['lr_scale'] == first['lr_scale']

@@ -275,6 +275,22 @@ def test_what_was_not_due_is_reported_at_the_end_too(tmp_path):
     assert 'updates, because' not in log and 'not measured' not in log
 
 
+def test_own_rules_are_described_and_an_idle_one_is_reported(tmp_path):
+    rules = dict(restart_at_lr_drop=True, bound_by_grad_norm=True)
+    cfg = toy_cfg(tmp_path / 'run', estimator='pairs', **rules)
+    dropped = log_of(run(cfg))
+    start = dropped[: dropped.index('Epoch(train)')]
+    assert 'moving averages of lr_scale restart when the learning' in start
+    assert 'is divided by the growth of its gradient norm' in start
+    assert 'the learning rate has dropped from' in dropped
+    assert 'changed nothing' not in dropped
+    cfg = toy_cfg(tmp_path / 'constant', restart_at_lr_drop=True)
+    cfg.param_scheduler = []
+    constant = log_of(run(cfg))
+    assert 'WARNING - AGVM: restart_at_lr_drop=True changed n' in constant
+    assert 'growth of its' not in constant
+
+
 def test_updates_that_are_missed_are_reported(tmp_path):
     cfg = toy_cfg(
         tmp_path / 'run', 'AdamW', max_epochs=1, begin=0, estimator='pairs'

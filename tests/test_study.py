@@ -28,7 +28,7 @@ from study.plan import (
     plan,
     tuning_rates,
 )
-from study.rules import RULES
+from study.rules import RULE_SETTINGS, MeanOne
 from study.run_config import make_config
 from study.study_results import mean_and_spread, middle, on_images
 from study.study_tables import (
@@ -551,7 +551,10 @@ def test_every_kind_of_cell_trains(cell, tiny, tmp_path):
     wrapper = runner.optim_wrapper
     assert wrapper.settings.modulate is cell.method.startswith('agvm')
     rule = declared.methods[cell.method].get('rule')
-    assert type(wrapper.modulator) is (RULES[rule] if rule else Modulator)
+    own = MeanOne if rule == 'mean_one' else Modulator
+    assert type(wrapper.modulator) is own
+    for name, value in RULE_SETTINGS.get(rule, {}).items():
+        assert getattr(wrapper.settings, name) is value
     assert math.isfinite(
         float(runner.message_hub.get_scalar('train/loss').current())
     )

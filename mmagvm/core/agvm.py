@@ -115,6 +115,8 @@ class AGVM:
         if self.settings.modulate:
             refuse_single_module(modules)
             refuse_fixed_rates(optimizer)
+        if self.settings.restart_at_lr_drop:
+            _refuse_tensor_rates(optimizer)
         low, high = self.settings.ratio_range
         self.modulator = Modulator(
             modules,
@@ -122,6 +124,8 @@ class AGVM:
             self.settings.ema_decay,
             self.settings.eps,
             (float(low), float(high)),
+            self.settings.restart_at_lr_drop,
+            self.settings.bound_by_grad_norm,
         )
         self.update = 0
         self.batch: Dict[str, Optional[int]] = {}
@@ -302,13 +306,19 @@ class AGVM:
             return
         measurement = grad_variance.measure(self._clip_divisor(clip_grad))
         known = self.modulator.measured
-        self.modulator.update(self.update, measurement)
+        self.modulator.update(self.update, measurement, self._lr())
         if self.modulator.measured == known:
             self._missed.reason = (
                 NO_ANCHOR if measurement.finite else NOT_FINITE
             )
         self._report_raw(grad_variance)
         self._report_lost(measurement)
+
+    def _lr(self) -> float:
+        """The schedule's highest learning rate, if a setting needs it."""
+        if not self.settings.restart_at_lr_drop:
+            return 0.0
+        return max(float(group['lr']) for group in self.optimizer.param_groups)
 
     def _wrong_backwards(self) -> str:
         """Why the number of backward passes is wrong; empty if it is not.
@@ -702,6 +712,18 @@ def scale_of(
     device = optimizer.param_groups[0]['params'][0].device
     scale: Tensor = scaler.scale(torch.ones((), device=device))
     return scale
+
+
+def _refuse_tensor_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Raise a ValueError if reading a learning rate could take a transfer."""
+    if any(
+        isinstance(group['lr'], Tensor) for group in optimizer.param_groups
+    ):
+        raise ValueError(
+            'AGVM: restart_at_lr_drop=True reads learning rates, and those of '
+            f'this {type(optimizer).__name__} are tensors: give lr as a '
+            'number, or set restart_at_lr_drop=False'
+        )
 
 
 def _group_modules(optimizer: torch.optim.Optimizer) -> List[Optional[str]]:

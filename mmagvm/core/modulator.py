@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from mmagvm.core.functional import modulate
+from mmagvm.core.grad_growth import GradGrowth
 from mmagvm.core.grad_variance import Measurement
+from mmagvm.core.lr_drop import LRDrop
 
 logger = logging.getLogger('mmagvm')
 
 #: Measurements kept in a checkpoint, the newest ones.
 HISTORY_LENGTH = 10_000
+#: Settings that add to the paper's rule, and have a state.
+OPTIONS = ('restart_at_lr_drop', 'bound_by_grad_norm')
 
 
 class Modulator:
@@ -24,6 +28,8 @@ class Modulator:
         ema_decay: alpha of Eq. 42.
         eps: Added to both variances of Eq. 41.
         ratio_range: Bounds of the ratio of Eq. 41.
+        restart_at_lr_drop: As in :class:`~mmagvm.core.Settings`.
+        bound_by_grad_norm: As there.
 
     Attributes:
         lr_scale (dict): mu by module.
@@ -36,6 +42,8 @@ class Modulator:
             estimator gives them; infinite while there is no signal.
         history (list): ``(update, phis)`` of the newest measurements, phis in
             the order of ``modules``, NaN for one that had no gradient.
+        lr_drop (LRDrop): None unless ``restart_at_lr_drop``.
+        grad_growth (GradGrowth): None unless ``bound_by_grad_norm``.
     """
 
     def __init__(
@@ -45,12 +53,18 @@ class Modulator:
         ema_decay: float,
         eps: float,
         ratio_range: Tuple[float, float],
+        restart_at_lr_drop: bool = False,
+        bound_by_grad_norm: bool = False,
     ) -> None:
         self.modules = list(modules)
         self.anchor = anchor
         self.ema_decay = ema_decay
         self.eps = eps
         self.ratio_range = ratio_range
+        self.lr_drop = LRDrop() if restart_at_lr_drop else None
+        self.grad_growth = (
+            GradGrowth(self.modules) if bound_by_grad_norm else None
+        )
         self.lr_scale = dict.fromkeys(self.modules, 1.0)
         self.variance = dict.fromkeys(self.modules, 1.0)
         self.measured = 0
@@ -68,12 +82,16 @@ class Modulator:
             )
         }
 
-    def update(self, update: int, measurement: Measurement) -> None:
+    def update(
+        self, update: int, measurement: Measurement, lr: float = 0.0
+    ) -> None:
         """Turn one measurement into new multipliers.
 
         Args:
             update: Index of the update that was measured.
             measurement: If it is not finite, everything stays as it is.
+            lr: The schedule's learning rate, which ``restart_at_lr_drop``
+                needs.
         """
         if not measurement.finite:
             self.skipped += 1
@@ -84,7 +102,7 @@ class Modulator:
             )
             return
         phis = measurement.variance
-        self.lr_scale = self.follow(measurement)
+        self.lr_scale = self.follow(measurement, lr)
         for module, phi in zip(self.modules, phis):
             if not phi.isnan():
                 self.variance[module] = phi.item()
@@ -94,13 +112,27 @@ class Modulator:
         self.history.append((update, phis.tolist()))
         del self.history[:-HISTORY_LENGTH]
 
-    def follow(self, measurement: Measurement) -> Dict[str, float]:
+    def follow(
+        self, measurement: Measurement, lr: float = 0.0
+    ) -> Dict[str, float]:
         """The new multipliers by module, Eq. 41 and 42."""
+        anchor = self.modules.index(self.anchor)
+        phis, ema_decay = measurement.variance, self.ema_decay
+        if phis[anchor].isnan():
+            return self.lr_scale
+        if self.grad_growth is not None:
+            assert measurement.norm is not None
+            growth = self.grad_growth.follow(measurement.norm, ema_decay)
+            growth[anchor] = 1
+            # Eq. 41: it divides the ratio by the root of the growth
+            phis = phis * growth
+        if self.lr_drop is not None:
+            ema_decay = self.lr_drop.ema_decay(ema_decay, lr)
         scales = modulate(
             torch.tensor(list(self.lr_scale.values()), dtype=torch.float64),
-            measurement.variance,
-            self.modules.index(self.anchor),
-            self.ema_decay,
+            phis,
+            anchor,
+            ema_decay,
             self.eps,
             self.ratio_range,
         )
@@ -126,7 +158,9 @@ class Modulator:
 
     def state_dict(self) -> Dict[str, Any]:
         """Plain numbers, strings, lists and dicts, by name of module."""
+        own = {name: own.state_dict() for name, own in self._own().items()}
         return dict(
+            own,
             modules=list(self.modules),
             lr_scale=dict(self.lr_scale),
             variance=dict(self.variance),
@@ -137,8 +171,27 @@ class Modulator:
             history=[[update, list(phis)] for update, phis in self.history],
         )
 
+    def _own(self) -> Dict[str, Any]:
+        """The parts that have a state of their own, by name of setting."""
+        parts = zip(OPTIONS, (self.lr_drop, self.grad_growth))
+        return {name: part for name, part in parts if part is not None}
+
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Load a state; modules that it does not have start at 1."""
+        own = self._own()
+        for name in OPTIONS:
+            if name in own and name in state:
+                own[name].load_state_dict(state[name])
+            elif name in own:
+                logger.info(
+                    f'the checkpoint is of a run without {name}: it starts '
+                    'at the next measurement'
+                )
+            elif name in state:
+                logger.info(
+                    f'the checkpoint is of a run with {name}, which this run '
+                    'does not use'
+                )
         missing = [m for m in self.modules if m not in state['modules']]
         unknown = [m for m in state['modules'] if m not in self.modules]
         if missing or unknown:

@@ -6,6 +6,9 @@ from typing import Any, Optional, Tuple
 
 from mmagvm.core.grad_variance import COMM_HOOKS, ESTIMATORS
 
+#: Settings that are True or False.
+SWITCHES = ('modulate', 'restart_at_lr_drop', 'bound_by_grad_norm')
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -33,6 +36,14 @@ class Settings:
             gradient, a warning names it.
         modulate: False measures and logs everything, lr_scale too, but steps
             with the plain learning rate.
+        restart_at_lr_drop: True restarts the moving average when the
+            learning rate drops below half of its highest value since the
+            last drop: mu is then the mean of the ratios since. Not in the
+            paper.
+        bound_by_grad_norm: True divides the ratio of a module by the growth
+            of its gradient: the norm over the root of the square's moving
+            average, where that is above 1. Not in the paper. It needs the
+            estimator 'pairs'.
 
     Raises:
         ValueError: A setting is wrong; the message says what to write instead.
@@ -48,6 +59,8 @@ class Settings:
     ratio_range: Tuple[float, float] = (0.1, 10.0)
     comm_hook: Optional[str] = None
     modulate: bool = True
+    restart_at_lr_drop: bool = False
+    bound_by_grad_norm: bool = False
 
     def __post_init__(self) -> None:
         for name, holds, expected in (
@@ -98,10 +111,19 @@ class Settings:
                 and 0 < self.ratio_range[0] <= 1 <= self.ratio_range[1],
                 'a range (low, high) around 1: write one such as (0.1, 10.0)',
             ),
+            *(
+                (
+                    name,
+                    isinstance(getattr(self, name), bool),
+                    'a switch: write True or False',
+                )
+                for name in SWITCHES
+            ),
             (
-                'modulate',
-                isinstance(self.modulate, bool),
-                'a switch: write True or False',
+                'bound_by_grad_norm',
+                not self.bound_by_grad_norm or self.estimator == 'pairs',
+                f'possible with estimator={self.estimator!r}, which gives no '
+                "norms: write estimator='pairs', or bound_by_grad_norm=False",
             ),
         ):
             if not holds:

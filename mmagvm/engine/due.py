@@ -79,3 +79,21 @@ def nothing_measured(agvm: AGVM, first: int, updates: int) -> Optional[str]:
             'optim_wrapper.update_params(loss)'
         )
     return f'measured 0 of {updates} updates, because {reasons}'
+
+
+def never_dropped(agvm: AGVM) -> Optional[str]:
+    """Why ``restart_at_lr_drop`` has changed nothing.
+
+    Args:
+        agvm: At the end of the run.
+
+    Returns:
+        A sentence; None if the learning rate has dropped, or need not.
+    """
+    lr_drop = agvm.modulator.lr_drop
+    if lr_drop is None or lr_drop.drops or not agvm.modulator.measured:
+        return None
+    return (
+        'restart_at_lr_drop=True changed nothing, as no measured update had '
+        'less than half of the highest learning rate before'
+    )

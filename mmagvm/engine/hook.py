@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmagvm.engine import host
 from mmagvm.engine.batch_size import batch_sizes, count_images
-from mmagvm.engine.due import nothing_measured, too_few_due
+from mmagvm.engine.due import never_dropped, nothing_measured, too_few_due
 from mmagvm.engine.lr_schedule import (
     fit_schedulers,
     warmup_updates,
@@ -181,7 +181,10 @@ class AGVMHook(Hook):
             runner.logger.info(line)
 
     def after_train(self, runner: Runner) -> None:
-        """Log why updates were not measured, and warn if none was."""
+        """Log why updates were not measured, and warn if none was.
+
+        Warn of a setting that changed nothing, too.
+        """
         wrapper = runner.optim_wrapper
         agvm = wrapper.agvm
         update, iteration = self._first
@@ -198,6 +201,9 @@ class AGVMHook(Hook):
             runner.logger.info(
                 f'AGVM: updates that were due are not measured: {missed}'
             )
+        useless = never_dropped(agvm)
+        if useless is not None:
+            runner.logger.warning(f'AGVM: {useless}')
 
     def after_train_iter(
         self,
@@ -345,6 +351,16 @@ def describe(wrapper: AGVMOptimWrapper) -> List[str]:
         f'{settings.begin}{until}; all modules follow '
         f'{wrapper.modulator.anchor}{effect}',
     ]
+    if settings.restart_at_lr_drop:
+        lines.append(
+            'AGVM: the moving averages of lr_scale restart when the learning '
+            'rate drops to less than half'
+        )
+    if settings.bound_by_grad_norm:
+        lines.append(
+            'AGVM: the ratio of a module is divided by the growth of its '
+            'gradient norm'
+        )
     for module in wrapper.modulator.modules:
         groups = [
             group

@@ -376,6 +376,11 @@ settings = [
     *('split', 'tau_16', 'alpha_99', 'anchor_neck', 'begin_late'),
     'range_official',
 ]
+soap_settings = [
+    *('refresh_1', 'refresh_20', 'decay_0', 'decay_2'),
+    *('betas_9', 'betas_99', 'no_clip'),
+]
+muon_settings = ['decay_0', 'decay_2', 'momentum_9', 'momentum_98', 'no_clip']
 stages = [
     dict(
         name='SGD and AGVM at the largest batch',
@@ -735,7 +740,19 @@ stages = [
             batch_sizes=[256, 32],
             seeds=[0, 1, 2],
         )
-        for model in ('retinanet', 'mask_rcnn', 'sem_fpn')
+        for model in ('retinanet', 'mask_rcnn')
+    ),
+    # those that helped SGD or AdamW first
+    *(
+        dict(
+            name=f'another rule with {name}: {rule}',
+            models=['faster_rcnn'],
+            methods=[f'agvm_{name}_{rule}'],
+            batch_sizes=[256],
+            seeds=[0, 1, 2],
+        )
+        for rule in ('bounded', 'forgetting', 'mean_one')
+        for name in ('soap', 'muon')
     ),
     dict(
         name='eight times the epochs',
@@ -745,37 +762,28 @@ stages = [
         variants=['epochs_96'],
         seeds=[0],
     ),
-    *(
-        dict(
-            name=f'another rule with {name}: {rule}',
-            models=['faster_rcnn'],
-            methods=[f'agvm_{name}_{rule}'],
-            batch_sizes=[256],
-            seeds=[0, 1, 2],
-        )
-        for name in ('soap', 'muon')
-        for rule in rules
+    dict(
+        name='SOAP and Muon on another model: sem_fpn',
+        models=['sem_fpn'],
+        methods=matrix,
+        batch_sizes=[256, 32],
+        seeds=[0, 1, 2],
     ),
     dict(
         name="SOAP's settings",
         models=['faster_rcnn'],
         methods=['soap'],
         batch_sizes=[256],
-        variants=[
-            *('refresh_1', 'refresh_20', 'decay_0', 'decay_2'),
-            *('betas_9', 'betas_99', 'no_clip'),
-        ],
-        seeds=[0, 1, 2],
+        variants=soap_settings,
+        seeds=[0],
     ),
     dict(
         name="Muon's settings",
         models=['faster_rcnn'],
         methods=['muon'],
         batch_sizes=[256],
-        variants=[
-            *('decay_0', 'decay_2', 'momentum_9', 'momentum_98', 'no_clip'),
-        ],
-        seeds=[0, 1, 2],
+        variants=muon_settings,
+        seeds=[0],
     ),
     # theirs, to compare with: so far at Faster R-CNN's rate
     *(
@@ -794,5 +802,21 @@ stages = [
         methods=['adamw'],
         batch_sizes=[256, 32],
         seeds=[0, 1, 2],
+    ),
+    dict(
+        name="SOAP's settings, with other seeds",
+        models=['faster_rcnn'],
+        methods=['soap'],
+        batch_sizes=[256],
+        variants=soap_settings,
+        seeds=[1, 2],
+    ),
+    dict(
+        name="Muon's settings, with other seeds",
+        models=['faster_rcnn'],
+        methods=['muon'],
+        batch_sizes=[256],
+        variants=muon_settings,
+        seeds=[1, 2],
     ),
 ]

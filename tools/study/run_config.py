@@ -6,8 +6,9 @@ from typing import Any, Dict, List, Mapping
 from mmengine.config import Config
 
 from mmagvm.planning.config_reader import load
-from study import in_memory, rules  # noqa: F401  registers what they have
+from study import in_memory  # noqa: F401  registers what it has
 from study.plan import Run
+from study.rules import RULE_SETTINGS
 
 DIGITS = tuple('0123456789')
 #: A digit upside down is another one.
@@ -195,10 +196,11 @@ def set_training(cfg: Config, study: Mapping[str, Any], run: Run) -> None:
         dict(type='AGVMHook'),
         dict(type='mmdet.CheckInvalidLossHook', interval=1),
     ]
-    if 'rule' in method:
-        cfg.custom_hooks.append(
-            dict(type='StudyRuleHook', rule=method['rule'])
-        )
+    rule = method.get('rule')
+    if rule is not None:
+        cfg.optim_wrapper.update(RULE_SETTINGS[rule])
+    if rule == 'mean_one':
+        cfg.custom_hooks.append(dict(type='MeanOneHook'))
     cfg.pop('auto_scale_lr', None)
 
 

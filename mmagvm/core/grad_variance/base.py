@@ -40,6 +40,8 @@ class Measurement(NamedTuple):
     signal: Optional[Tensor] = None
     #: (h,) noise power of the gradient of one sample, unbiased.
     noise: Optional[Tensor] = None
+    #: (h,) squared norm of this update's gradient; 0 for a module without.
+    norm: Optional[Tensor] = None
     #: (h,) part of this rank's |gradient|^2 that a narrow type loses in
     #: communication; NaN for a module without gradient.
     lost: Optional[Tensor] = None

@@ -61,6 +61,7 @@ class Pairs(GradVariance):
             bool(squares.isfinite().all()),
             signal,
             noise,
+            mean,
             lost,
         )
 
