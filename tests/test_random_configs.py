@@ -67,6 +67,7 @@ def runs(draw):
     listed = draw(st.none() | st.permutations(names).map(lambda n: n[:2]))
     low = draw(st.floats(0.01, 1))
     begin = draw(st.integers(0, 3))
+    estimator = draw(st.sampled_from(['split', 'pairs']))
     cfg = dict(
         type='AGVMOptimWrapper',
         constructor='AGVMOptimWrapperConstructor',
@@ -77,7 +78,9 @@ def runs(draw):
         ema_decay=draw(st.sampled_from([0.0, 0.5, 0.97])),
         begin=begin,
         end=draw(st.none() | st.integers(begin + 1, begin + 4)),
-        estimator=draw(st.sampled_from(['split', 'pairs'])),
+        estimator=estimator,
+        restart_at_lr_drop=draw(st.booleans()),
+        bound_by_grad_norm=estimator == 'pairs' and draw(st.booleans()),
         eps=draw(st.sampled_from([0.0, 1e-6, 1.0])),
         ratio_range=(low, draw(st.floats(1, 100))),
         accumulative_counts=draw(st.integers(2, 4)),
