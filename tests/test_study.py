@@ -36,6 +36,7 @@ from study.study_tables import (
     lengths_table,
     rates_table,
     results_table,
+    rules_at_rates_table,
     rules_table,
     sides_table,
     time_table,
@@ -365,6 +366,20 @@ def test_rules_are_beside_the_papers_and_none():
         '| 0.120 (1 seed), lr 4 |'
     ]
     assert 'mine' not in results_table(declared, done, 'm')
+    assert not rows_of(rules_at_rates_table(declared, done))[2:]
+
+    given = dict(stage, methods=['agvm_sgd_mine'], rates=[2.0, 8.0])
+    declared = study(
+        methods=methods,
+        stages=[dict(stage, methods=['sgd', 'agvm_sgd']), given],
+        grid_moves=0,
+    )
+    assert not rows_of(rules_table(declared, done))[2:]
+    assert rows_of(rules_at_rates_table(declared, done))[2:] == [
+        '| m | sgd | 32 | 2 | 0.020 (1 seed) | 0.040 (1 seed) '
+        '| 0.060 (1 seed) |',
+        '| m | sgd | 32 | 8 | not run | not run | not run |',
+    ]
 
 
 def test_longer_trainings_are_beside_the_usual_one():

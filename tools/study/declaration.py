@@ -732,15 +732,21 @@ stages = [
         variants=['epochs_24', 'epochs_48'],
         seeds=[0, 1, 2],
     ),
-    *(
-        dict(
-            name=f'SOAP and Muon on another model: {model}',
-            models=[model],
-            methods=matrix,
-            batch_sizes=[256, 32],
-            seeds=[0, 1, 2],
-        )
-        for model in ('retinanet', 'mask_rcnn')
+    dict(
+        name='SOAP and Muon on another model: retinanet',
+        models=['retinanet'],
+        methods=matrix,
+        batch_sizes=[256, 32],
+        seeds=[0, 1, 2],
+    ),
+    # do other rules save the runs in which the paper's fails
+    dict(
+        name='other rules with RetinaNet, at equal rates',
+        models=['retinanet'],
+        methods=['agvm_sgd_bounded', 'agvm_sgd_forgetting'],
+        batch_sizes=[256],
+        rates=[0.08, 0.113],
+        seeds=[0, 1, 2],
     ),
     # those that helped SGD or AdamW first
     *(
@@ -751,8 +757,15 @@ stages = [
             batch_sizes=[256],
             seeds=[0, 1, 2],
         )
-        for rule in ('bounded', 'forgetting', 'mean_one')
+        for rule in ('bounded', 'forgetting')
         for name in ('soap', 'muon')
+    ),
+    dict(
+        name='SOAP and Muon on another model: mask_rcnn',
+        models=['mask_rcnn'],
+        methods=matrix,
+        batch_sizes=[256, 32],
+        seeds=[0, 1, 2],
     ),
     dict(
         name='eight times the epochs',
@@ -784,6 +797,13 @@ stages = [
         batch_sizes=[256],
         variants=muon_settings,
         seeds=[0],
+    ),
+    dict(
+        name='the rule with mean 1 with SOAP and Muon',
+        models=['faster_rcnn'],
+        methods=['agvm_soap_mean_one', 'agvm_muon_mean_one'],
+        batch_sizes=[256],
+        seeds=[0, 1, 2],
     ),
     # theirs, to compare with: so far at Faster R-CNN's rate
     *(

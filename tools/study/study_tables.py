@@ -263,30 +263,70 @@ def variants_table(study: Mapping[str, Any], done: Done) -> str:
     )
 
 
+def rules_of(study: Mapping[str, Any]) -> List[str]:
+    """The rules for multipliers other than the paper's."""
+    return list(
+        dict.fromkeys(
+            declared['rule']
+            for declared in study['methods'].values()
+            if 'rule' in declared
+        )
+    )
+
+
+def by_rule(study: Mapping[str, Any], cell: Cell) -> List[Cell]:
+    """A cell without AGVM, with the paper's rule, and with each other."""
+    agvm = replace(cell, method=f'agvm_{cell.method}')
+    others = [
+        replace(cell, method=f'{agvm.method}_{rule}')
+        for rule in rules_of(study)
+    ]
+    return [cell, agvm, *others]
+
+
 def rules_table(study: Mapping[str, Any], done: Done) -> str:
     """Test metric with other rules for the multipliers, by optimizer."""
-    rules = dict.fromkeys(
-        declared['rule']
-        for declared in study['methods'].values()
-        if 'rule' in declared
-    )
-    found = {cell: finals(study, done, cell) for cell in cells_of(study, done)}
+    found = cells_of(study, done)
     rows = []
     for cell in found:
-        agvm = replace(cell, method=f'agvm_{cell.method}')
-        others = [
-            replace(cell, method=f'{agvm.method}_{rule}') for rule in rules
-        ]
-        if cell.variant or not any(other in found for other in others):
+        same = by_rule(study, cell)
+        if cell.variant or not any(is_tuned(study, c) for c in same[2:]):
             continue
         row = [cell.method, str(cell.batch_size)]
-        for each in (cell, agvm, *others):
+        for each in same:
             rate = final_rate(study, each, done)
-            text = on_images(found.get(each, []))
+            text = on_images(finals(study, done, each))
             row.append(f'{text}, lr {rate:g}' if rate else text)
         rows.append(row)
     header = ['optimizer', 'batch', 'without AGVM', "the paper's rule"]
-    return table([*header, *rules], rows)
+    return table([*header, *rules_of(study)], rows)
+
+
+def rules_at_rates_table(study: Mapping[str, Any], done: Done) -> str:
+    """The same at the learning rates that stages give."""
+    rows = []
+    for stage in study['stages']:
+        given = cells(stage) if 'rates' in stage else []
+        for cell in cells_of(study, done):
+            same = by_rule(study, cell)
+            if not any(each in given for each in same[2:]):
+                continue
+            for rate in stage['rates']:
+                row = [cell.model, cell.method, str(cell.batch_size)]
+                row.append(f'{rate:g}')
+                for each in same:
+                    row.append(
+                        on_images(
+                            [
+                                result
+                                for run, result in done.items()
+                                if (run.cell, run.lr) == (each, rate)
+                            ]
+                        )
+                    )
+                rows.append(row)
+    header = ['model', 'optimizer', 'batch', 'lr', 'without AGVM']
+    return table([*header, "the paper's rule", *rules_of(study)], rows)
 
 
 def lengths(study: Mapping[str, Any]) -> Dict[str, int]:

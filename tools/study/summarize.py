@@ -20,6 +20,7 @@ from study.study_tables import (
     lengths_table,
     rates_table,
     results_table,
+    rules_at_rates_table,
     rules_table,
     sides_table,
     survival_table,
@@ -68,6 +69,7 @@ def main() -> None:
     fill(args.out, 'variants', variants_table(study, done))
     fill(args.out, 'cost', cost_table(done))
     fill(args.out, 'rules', rules_table(study, done))
+    fill(args.out, 'rules at rates', rules_at_rates_table(study, done))
     fill(args.out, 'lengths', lengths_table(study, done))
     fill(args.out, 'time', time_table(study, done))
     draw_variance(study, done, args.figure)
