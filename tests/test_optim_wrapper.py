@@ -58,6 +58,14 @@ def build(model=None, optimizer='SGD', accumulative_counts=2, **settings):
         (dict(anchor='spine'), r"anchor='spine' .*\['backbone', 'neck'"),
         (dict(restart_at_lr_drop=0.5), 'restart_at_lr_drop=0.5 .*True or Fal'),
         (
+            dict(restart_at_lr_drop=True, ema_decay=0),
+            'restart_at_lr_drop=True .*write a higher ema_decay',
+        ),
+        (
+            dict(bound_by_grad_norm=True, ema_decay=0, estimator='pairs'),
+            'bound_by_grad_norm=True .*write a higher ema_decay',
+        ),
+        (
             dict(bound_by_grad_norm=True, estimator='split'),
             "bound_by_grad_norm=True .*write estimator='pairs'",
         ),

@@ -68,6 +68,8 @@ def runs(draw):
     low = draw(st.floats(0.01, 1))
     begin = draw(st.integers(0, 3))
     estimator = draw(st.sampled_from(['split', 'pairs']))
+    ema_decay = draw(st.sampled_from([0.0, 0.5, 0.97]))
+    pairs = estimator == 'pairs'
     cfg = dict(
         type='AGVMOptimWrapper',
         constructor='AGVMOptimWrapperConstructor',
@@ -75,12 +77,12 @@ def runs(draw):
         modules=listed,
         anchor=draw(st.sampled_from([*(listed or names), 'others'])),
         interval=draw(st.integers(1, 3)),
-        ema_decay=draw(st.sampled_from([0.0, 0.5, 0.97])),
+        ema_decay=ema_decay,
         begin=begin,
         end=draw(st.none() | st.integers(begin + 1, begin + 4)),
         estimator=estimator,
-        restart_at_lr_drop=draw(st.booleans()),
-        bound_by_grad_norm=estimator == 'pairs' and draw(st.booleans()),
+        restart_at_lr_drop=ema_decay > 0 and draw(st.booleans()),
+        bound_by_grad_norm=ema_decay > 0 and pairs and draw(st.booleans()),
         eps=draw(st.sampled_from([0.0, 1e-6, 1.0])),
         ratio_range=(low, draw(st.floats(1, 100))),
         accumulative_counts=draw(st.integers(2, 4)),

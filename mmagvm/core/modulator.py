@@ -10,13 +10,12 @@ from mmagvm.core.functional import modulate
 from mmagvm.core.grad_growth import GradGrowth
 from mmagvm.core.grad_variance import Measurement
 from mmagvm.core.lr_drop import LRDrop
+from mmagvm.core.settings import ADDITIONS
 
 logger = logging.getLogger('mmagvm')
 
 #: Measurements kept in a checkpoint, the newest ones.
 HISTORY_LENGTH = 10_000
-#: Settings that add to the paper's rule, and have a state.
-OPTIONS = ('restart_at_lr_drop', 'bound_by_grad_norm')
 
 
 class Modulator:
@@ -173,13 +172,13 @@ class Modulator:
 
     def _own(self) -> Dict[str, Any]:
         """The parts that have a state of their own, by name of setting."""
-        parts = zip(OPTIONS, (self.lr_drop, self.grad_growth))
+        parts = zip(ADDITIONS, (self.lr_drop, self.grad_growth))
         return {name: part for name, part in parts if part is not None}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Load a state; modules that it does not have start at 1."""
         own = self._own()
-        for name in OPTIONS:
+        for name in ADDITIONS:
             if name in own and name in state:
                 own[name].load_state_dict(state[name])
             elif name in own:

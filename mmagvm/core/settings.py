@@ -6,8 +6,8 @@ from typing import Any, Optional, Tuple
 
 from mmagvm.core.grad_variance import COMM_HOOKS, ESTIMATORS
 
-#: Settings that are True or False.
-SWITCHES = ('modulate', 'restart_at_lr_drop', 'bound_by_grad_norm')
+#: Settings that add to the paper's rule.
+ADDITIONS = ('restart_at_lr_drop', 'bound_by_grad_norm')
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,16 @@ class Settings:
                     isinstance(getattr(self, name), bool),
                     'a switch: write True or False',
                 )
-                for name in SWITCHES
+                for name in ('modulate', *ADDITIONS)
+            ),
+            *(
+                (
+                    name,
+                    not getattr(self, name) or self.ema_decay > 0,
+                    'possible with ema_decay=0, which keeps no average: '
+                    f'write a higher ema_decay, or {name}=False',
+                )
+                for name in ADDITIONS
             ),
             (
                 'bound_by_grad_norm',
