@@ -7,18 +7,13 @@ With several ranks the matrix work of SOAP and Muon is shared.
 """
 
 import argparse
-import datetime
-import json
 import os
-import tempfile
 import time
-from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from mmdet.testing import demo_mm_inputs
 from mmengine.model import BaseModel
 from mmengine.registry import OPTIMIZERS
@@ -26,9 +21,9 @@ from torch import Tensor, nn
 
 import mmagvm  # noqa: F401  registers SOAP and Muon
 from benchmarks.benchmark_models import build_model
-from benchmarks.provenance import machine, versions
-from mmagvm.analysis.markdown import fill, size, table
-from mmagvm.strict_json import to_json
+from benchmarks.launch import launch
+from benchmarks.outputs import add_outputs, write
+from mmagvm.analysis.markdown import size, table
 
 MODELS = {
     'Faster R-CNN R50': 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
@@ -65,10 +60,7 @@ def parse_args() -> argparse.Namespace:
         '--repetitions', type=int, default=2, help='of each kind of step'
     )
     parser.add_argument('--image-size', type=int, nargs=2, default=[800, 1333])
-    parser.add_argument('--out', type=Path, help='file of JSON to write')
-    parser.add_argument(
-        '--markdown', type=Path, help='page to write the table into'
-    )
+    add_outputs(parser)
     return parser.parse_args()
 
 
@@ -149,22 +141,11 @@ def time_passes(model: BaseModel, shape: List[int], repetitions: int) -> float:
     return float(np.median(seconds[1:]))
 
 
-def run_rank(
-    rank: int, ranks: int, folder: str, settings: Dict[str, Any]
-) -> None:
-    """The work of one rank; rank 0 writes its results into ``folder``."""
-    cuda = torch.cuda.is_available()
-    device = torch.device('cuda', rank) if cuda else torch.device('cpu')
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        'nccl' if cuda else 'gloo',
-        init_method=f'file://{folder}/store',
-        rank=rank,
-        world_size=ranks,
-        timeout=datetime.timedelta(minutes=30),
-    )
+def measure(
+    rank: int, device: torch.device, settings: Dict[str, Any]
+) -> Dict[str, Any]:
+    """The work of one rank, by model."""
+    ranks = dist.get_world_size()
     found: Dict[str, Any] = {}
     for name in settings['models']:
         model = build_model(MODELS[name])[0].to(device).train()
@@ -183,9 +164,7 @@ def run_rank(
             ),
             steps=steps,
         )
-    if rank == 0:
-        (Path(folder) / 'found.json').write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return found
 
 
 def rows(ranks: str, found: Dict[str, Any]) -> Iterator[List[str]]:
@@ -217,24 +196,18 @@ def main() -> None:
         repetitions=args.repetitions,
         image_size=args.image_size,
     )
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     results = {}
     for ranks in args.ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(run_rank, (ranks, folder, settings), nprocs=ranks)
-            found = json.loads((Path(folder) / 'found.json').read_text())
+        threads = max(1, (os.cpu_count() or 1) // ranks)
+        found, *_ = launch(
+            measure, ranks, settings, device=device, threads=threads
+        )
         results[str(ranks)] = found
     header = ['model', 'ranks', 'optimizer', 'first step', 'usual step']
     header += ['with renewal', 'state', 'passes of an image', 'share']
     text = table(header, [r for k, v in results.items() for r in rows(k, v)])
-    print(text)
-    if args.out:
-        report = dict(
-            machine=machine(), versions=versions(), ranks=results, **settings
-        )
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(to_json(report, indent=1))
-    if args.markdown:
-        fill(args.markdown, 'optimizer cost', text)
+    write(args, 'optimizer cost', text, ranks=results, **settings)
 
 
 if __name__ == '__main__':

@@ -10,9 +10,7 @@ shown next to it.
 """
 
 import argparse
-import datetime
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
@@ -20,9 +18,9 @@ from typing import Any, Dict, List, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from benchmarks.benchmark_models import build_detector, make_data
+from benchmarks.launch import launch
 from benchmarks.provenance import machine, versions
 from benchmarks.rank_cost import ESTIMATORS, PLAIN, Variant, update
 from mmagvm.analysis.markdown import fill, table
@@ -40,25 +38,13 @@ SIZES = (4_000, 25 * 2**20)
 REDUCTIONS = 9
 
 
-def run_rank(
-    rank: int, world_size: int, folder: str, settings: Dict[str, Any]
-) -> None:
-    """The work of one rank; writes ``rank.pth`` into ``folder``."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        'gloo',
-        init_method=f'file://{folder}/store',
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(minutes=10),
+def measure(
+    rank: int, device: torch.device, settings: Dict[str, Any]
+) -> Dict[str, Any]:
+    """The work of one rank."""
+    return dict(
+        reductions=time_reductions(), updates=time_updates(rank, settings)
     )
-    try:
-        result = dict(
-            reductions=time_reductions(), updates=time_updates(rank, settings)
-        )
-        torch.save(result, Path(folder) / f'{rank}.pth')
-    finally:
-        dist.destroy_process_group()
 
 
 def time_reductions() -> Dict[int, List[float]]:
@@ -114,14 +100,9 @@ def time_updates(
     return found
 
 
-def launch(world_size: int, settings: Dict[str, Any]) -> Dict[str, Any]:
+def slowest(world_size: int, settings: Dict[str, Any]) -> Dict[str, Any]:
     """Run the ranks; each time is that of the slowest one."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (world_size, folder, settings), nprocs=world_size)
-        ranks = [
-            torch.load(Path(folder) / f'{rank}.pth', weights_only=False)
-            for rank in range(world_size)
-        ]
+    ranks = launch(measure, world_size, settings)
     return {
         part: {
             name: np.max([rank[part][name] for rank in ranks], 0).tolist()
@@ -253,7 +234,7 @@ def main() -> None:
     )
     load_before = os.getloadavg()[0]
     cores = len(os.sched_getaffinity(0))
-    found = {n: launch(n, settings) for n in sorted({1, 2, *args.ranks})}
+    found = {n: slowest(n, settings) for n in sorted({1, 2, *args.ranks})}
     cluster = fit_cluster(found[1]['updates'][PLAIN], found[2]['reductions'])
     # as AGVM has in Faster R-CNN
     gradients = Gradients(4 * found[1]['updates']['trainable'][0], 4)

@@ -1,9 +1,7 @@
 """What one rank of the benchmark does: the same update in every variant."""
 
-import datetime
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
@@ -164,31 +162,8 @@ def profile_update(
     )
 
 
-def run_rank(
-    rank: int, world_size: int, folder: str, settings: Dict[str, Any]
-) -> None:
-    """The work of one rank; writes ``rank.pth`` into ``folder``."""
-    cuda = settings['device'] == 'cuda'
-    device = torch.device('cuda', rank) if cuda else torch.device('cpu')
-    torch.set_num_threads(settings['threads'])
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        'nccl' if cuda else 'gloo',
-        init_method=f'file://{folder}/store',
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(minutes=10),
-    )
-    try:
-        result = measure(rank, settings, device)
-        torch.save(result, Path(folder) / f'{rank}.pth')
-    finally:
-        dist.destroy_process_group()
-
-
 def measure(
-    rank: int, settings: Dict[str, Any], device: torch.device
+    rank: int, device: torch.device, settings: Dict[str, Any]
 ) -> Dict[str, Any]:
     """Counts and times of every variant, the variants taking turns."""
     accumulation = settings['accumulation']

@@ -7,18 +7,12 @@ unmeasured updates are timed.
 """
 
 import argparse
-import datetime
-import gc
-import json
-import tempfile
 import time
-from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,12 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.benchmark_models import build_model, make_data
 from benchmarks.counters import Profile
-from benchmarks.provenance import machine, versions
-from mmagvm.analysis.markdown import fill, size, table
+from benchmarks.launch import launch
+from benchmarks.outputs import add_outputs, write
+from mmagvm.analysis.markdown import size, table
 from mmagvm.core import AGVM, Settings, module_groups
 from mmagvm.core.grad_variance.parts import local_part
 from mmagvm.engine.shard_units import find_units
-from mmagvm.strict_json import to_json
 
 MODEL = 'mmdet::cascade_rcnn/cascade-rcnn_x101-64x4d_fpn_1x_coco.py'
 WAYS = ('data-parallel', 'in shards')
@@ -49,10 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--repetitions', type=int, default=3, help='of each kind of update'
     )
-    parser.add_argument('--out', type=Path, help='file of JSON to write')
-    parser.add_argument(
-        '--markdown', type=Path, help='page to write the table into'
-    )
+    add_outputs(parser)
     return parser.parse_args()
 
 
@@ -180,27 +171,11 @@ def measure(training: Training, repetitions: int) -> Dict[str, Any]:
     )
 
 
-def run_rank(
-    rank: int, ranks: int, folder: str, way: str, settings: Dict[str, Any]
-) -> None:
-    """The work of one rank; rank 0 writes its results into ``folder``."""
-    cuda = torch.cuda.is_available()
-    device = torch.device('cuda', rank) if cuda else torch.device('cpu')
-    torch.set_num_threads(1)
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        'nccl' if cuda else 'gloo',
-        init_method=f'file://{folder}/store',
-        rank=rank,
-        world_size=ranks,
-        timeout=datetime.timedelta(minutes=20),
-    )
-    found = measure(Training(way, settings, device), settings['repetitions'])
-    if rank == 0:
-        (Path(folder) / 'found.json').write_text(json.dumps(found))
-    gc.collect()
-    dist.destroy_process_group()
+def measure_rank(
+    rank: int, device: torch.device, way: str, settings: Dict[str, Any]
+) -> Dict[str, Any]:
+    """The work of one rank."""
+    return measure(Training(way, settings, device), settings['repetitions'])
 
 
 def row(ranks: int, way: str, found: Dict[str, Any]) -> List[str]:
@@ -224,15 +199,14 @@ def main() -> None:
         image_size=args.image_size,
         repetitions=args.repetitions,
     )
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     results: Dict[str, Any] = {}
     rows = []
     for ranks in args.ranks:
         for way in WAYS[: 1 if ranks == 1 else 2]:
-            with tempfile.TemporaryDirectory() as folder:
-                mp.spawn(
-                    run_rank, (ranks, folder, way, settings), nprocs=ranks
-                )
-                found = json.loads((Path(folder) / 'found.json').read_text())
+            found, *_ = launch(
+                measure_rank, ranks, way, settings, device=device
+            )
             results[f'{ranks}, {way}'] = found
             rows.append(row(ranks, way, found))
             print(rows[-1], flush=True)
@@ -240,15 +214,7 @@ def main() -> None:
     header += ['s per plain update', 'not measured', 'measured']
     header += ['sent, plain', 'sent, measured']
     text = table(header, rows)
-    print(text)
-    if args.out:
-        report = dict(
-            machine=machine(), versions=versions(), results=results, **settings
-        )
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(to_json(report, indent=1))
-    if args.markdown:
-        fill(args.markdown, 'shard cost', text)
+    write(args, 'shard cost', text, results=results, **settings)
 
 
 if __name__ == '__main__':

@@ -9,15 +9,14 @@ taken within a repetition.
 import argparse
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 import numpy as np
 import torch
-import torch.multiprocessing as mp
 
+from benchmarks.launch import launch
 from benchmarks.provenance import machine, versions
 from benchmarks.rank_cost import (
     CONTROL,
@@ -26,7 +25,7 @@ from benchmarks.rank_cost import (
     PLAIN,
     PUBLISHED,
     VARIANTS,
-    run_rank,
+    measure,
 )
 from mmagvm.analysis.markdown import fill, quartiles, size, table
 from mmagvm.analysis.statistics import ratio_summary, summary
@@ -56,18 +55,6 @@ HOW_COUNTED = dict(
     'update; on a CPU, where nothing is transferred, reads from backward on '
     'that would be transfers on CUDA, see HostReads',
 )
-
-
-def launch(world_size: int, settings: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """Run the ranks and return the results of each."""
-    cores = os.cpu_count() or 1
-    settings = dict(settings, threads=max(1, cores // world_size))
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (world_size, folder, settings), nprocs=world_size)
-        return [
-            torch.load(Path(folder) / f'{rank}.pth', weights_only=False)
-            for rank in range(world_size)
-        ]
 
 
 def summarise(ranks: List[Dict[str, Any]]) -> Dict[str, Any]:
@@ -477,7 +464,13 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
             if name != PUBLISHED or world_size % 2 == 0
         ]
         results['ranks'][str(world_size)] = summarise(
-            launch(world_size, dict(settings, variants=possible))
+            launch(
+                measure,
+                world_size,
+                dict(settings, variants=possible),
+                device=device,
+                threads=max(1, (os.cpu_count() or 1) // world_size),
+            )
         )
         save(results, args.out)  # in case a later measurement is stopped
     if args.step_repetitions:
