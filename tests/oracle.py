@@ -161,12 +161,14 @@ class Oracle:
         self.measured_factors.append(self.lr_factor)
         alpha = self.alpha()
         for module, phi in self.phi.items():
-            if self.bound and module != self.anchor:
-                phi *= self.growth(self.norms[module]) ** 2
             ratio = (
                 (self.phi[self.anchor] + self.eps) / (phi + self.eps)
             ) ** 0.5
             ratio = min(max(ratio, self.ratio_range[0]), self.ratio_range[1])
+            if self.bound:
+                grown = self.growth(self.norms[module])
+                grown /= self.growth(self.norms[self.anchor])
+                ratio = max(ratio / max(1.0, grown), self.ratio_range[0])
             self.mu[module] = alpha * self.mu[module] + (1 - alpha) * ratio
 
     def alpha(self) -> float:
@@ -179,14 +181,14 @@ class Oracle:
         return min(self.ema_decay, 1 - 1 / since)
 
     def growth(self, norms: List[float]) -> float:
-        """The last norm over the root of the mean square, or 1."""
+        """The last norm over the root of the moving mean square."""
         weights = [
             (1 - self.ema_decay if i else 1.0)
             * self.ema_decay ** (len(norms) - 1 - i)
             for i in range(len(norms))
         ]
         square = sum(w * n**2 for w, n in zip(weights, norms))
-        return float(max(1.0, norms[-1] / square**0.5))
+        return float(norms[-1] / square**0.5)
 
     @torch.no_grad()
     def step(self, name: str, g: torch.Tensor) -> None:

@@ -66,6 +66,10 @@ def build(model=None, optimizer='SGD', accumulative_counts=2, **settings):
             'bound_by_grad_norm=True .*write a higher ema_decay',
         ),
         (
+            dict(restart_at_lr_drop=True, ema_decay='0.9'),
+            "ema_decay='0.9' .*from 0 to below 1",
+        ),
+        (
             dict(bound_by_grad_norm=True, estimator='split'),
             "bound_by_grad_norm=True .*write estimator='pairs'",
         ),

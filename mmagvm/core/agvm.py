@@ -642,6 +642,13 @@ class AGVM:
         new = images_per_sample(batch)
         if old is not None and new is not None:
             self.modulator.resize_samples(new / old)
+        growth = self.modulator.grad_growth
+        if growth is not None and self.batch and self.batch != batch:
+            growth.reset()  # another batch has other norms
+            logger.info(
+                'the batch has changed: the usual gradient norms of '
+                'bound_by_grad_norm are measured anew'
+            )
         self.batch = batch
 
     # -- the state in checkpoints

@@ -20,7 +20,7 @@ r2, g2    local, mean   mean |g_r|^2 of the samples' gradients g_r, before they
 ========  ============  =====================================================
 """
 
-from typing import List, Tuple
+from typing import List, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -191,9 +191,10 @@ def modulate(
     lr_scale: Tensor,
     variance: Tensor,
     anchor: int,
-    ema_decay: float,
+    ema_decay: Union[float, Tensor],
     eps: float,
     ratio_range: Tuple[float, float],
+    growth: Union[float, Tensor] = 1.0,
 ) -> Tensor:
     """The new mu of every module, from its old one and the measured phi.
 
@@ -205,15 +206,18 @@ def modulate(
         variance: (h,), phi; NaN for a module that could not be measured,
             which keeps its mu. If that is the anchor, every module does.
         anchor: Index of the module that the others follow; its mu stays 1.
-        ema_decay: alpha, in [0, 1).
+        ema_decay: alpha, in [0, 1), or (h,) of them.
         eps: Added to both variances, as the paper does for huge batches.
         ratio_range: Bounds of the ratio before averaging, around 1.
+        growth: (h,), 1 or more. Divides the ratio, down to its lower bound.
+            Not in the paper, where it is 1.
 
     Returns:
         (h,), mu after this measurement.
     """
     ratio = ((variance[anchor] + eps) / (variance + eps)).sqrt()
     ratio = ratio.clamp(*ratio_range)
+    ratio = (ratio / growth).clamp(min=ratio_range[0])
     averaged = ema_decay * lr_scale + (1 - ema_decay) * ratio
     return torch.where(ratio.isnan(), lr_scale, averaged)
 

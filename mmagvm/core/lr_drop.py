@@ -4,7 +4,10 @@ This project's addition to the paper's rule.
 """
 
 import logging
-from typing import Any, Dict
+from typing import Any, Dict, Sequence
+
+import torch
+from torch import Tensor
 
 logger = logging.getLogger('mmagvm')
 
@@ -17,26 +20,35 @@ class LRDrop:
 
     Gradient variances change when the learning rate drops, and multipliers
     that forget slowly are then wrong for long. From a drop on, a multiplier is
-    the mean of the ratios since, until that mean moves as slowly as usual.
+    the mean of the ratios since, until the usual average takes over.
+
+    Args:
+        modules: Names of the modules.
 
     Attributes:
         highest (float): Highest learning rate that was measured since the
             last drop.
         drops (int): How often the learning rate has dropped.
-        since (int): Measurements since the last drop.
+        since (Tensor): (h,) measurements of each module since the last drop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Sequence[str]) -> None:
+        self.modules = list(modules)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all learning rates and drops."""
         self.highest = 0.0
         self.drops = 0
-        self.since = 0
+        self.since = torch.zeros(len(self.modules), dtype=torch.float64)
 
-    def ema_decay(self, usual: float, lr: float) -> float:
-        """alpha of one measurement.
+    def ema_decay(self, usual: float, lr: float, measured: Tensor) -> Tensor:
+        """alpha of every module in one measurement.
 
         Args:
             usual: alpha without drops.
             lr: The schedule's learning rate at this measurement.
+            measured: (h,) which modules are measured.
         """
         if lr < DROPPED * self.highest:
             logger.info(
@@ -44,18 +56,26 @@ class LRDrop:
                 f'{lr:.4g}: the moving averages of lr_scale restart'
             )
             self.drops += 1
-            self.since = 0
+            self.since.zero_()
             self.highest = lr
         self.highest = max(self.highest, lr)
         if not self.drops:
-            return usual
-        self.since += 1
-        return min(usual, 1 - 1 / self.since)
+            return torch.full_like(self.since, usual)
+        self.since += measured
+        return (1 - 1 / self.since.clamp(min=1)).clamp(max=usual)
 
     def state_dict(self) -> Dict[str, Any]:
-        """All attributes."""
-        return dict(vars(self))
+        """The attributes; ``since`` by module."""
+        return dict(
+            highest=self.highest,
+            drops=self.drops,
+            since=dict(zip(self.modules, self.since.tolist())),
+        )
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Load a state of :meth:`state_dict`."""
-        vars(self).update(state)
+        """Load a state of :meth:`state_dict`; other modules start at 0."""
+        self.highest, self.drops = state['highest'], state['drops']
+        self.since = torch.tensor(
+            [state['since'].get(module, 0.0) for module in self.modules],
+            dtype=torch.float64,
+        )

@@ -1,7 +1,7 @@
 """What follows from a measurement: phi and mu of every module, over time."""
 
 import logging
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Modulator:
         self.ema_decay = ema_decay
         self.eps = eps
         self.ratio_range = ratio_range
-        self.lr_drop = LRDrop() if restart_at_lr_drop else None
+        self.lr_drop = LRDrop(self.modules) if restart_at_lr_drop else None
         self.grad_growth = (
             GradGrowth(self.modules) if bound_by_grad_norm else None
         )
@@ -116,17 +116,18 @@ class Modulator:
     ) -> Dict[str, float]:
         """The new multipliers by module, Eq. 41 and 42."""
         anchor = self.modules.index(self.anchor)
-        phis, ema_decay = measurement.variance, self.ema_decay
+        phis, norm = measurement.variance, measurement.norm
         if phis[anchor].isnan():
             return self.lr_scale
-        if self.grad_growth is not None:
-            assert measurement.norm is not None
-            growth = self.grad_growth.follow(measurement.norm, ema_decay)
-            growth[anchor] = 1
-            # Eq. 41: it divides the ratio by the root of the growth
-            phis = phis * growth
+        ema_decay: Union[float, Tensor] = self.ema_decay
+        growth: Union[float, Tensor] = 1.0
         if self.lr_drop is not None:
-            ema_decay = self.lr_drop.ema_decay(ema_decay, lr)
+            ema_decay = self.lr_drop.ema_decay(
+                self.ema_decay, lr, ~phis.isnan()
+            )
+        if self.grad_growth is not None:
+            assert norm is not None
+            growth = self.grad_growth.follow(norm, self.ema_decay, anchor)
         scales = modulate(
             torch.tensor(list(self.lr_scale.values()), dtype=torch.float64),
             phis,
@@ -134,6 +135,7 @@ class Modulator:
             ema_decay,
             self.eps,
             self.ratio_range,
+            growth,
         )
         return dict(zip(self.modules, scales.tolist()))
 
@@ -182,6 +184,7 @@ class Modulator:
             if name in own and name in state:
                 own[name].load_state_dict(state[name])
             elif name in own:
+                own[name].reset()
                 logger.info(
                     f'the checkpoint is of a run without {name}: it starts '
                     'at the next measurement'

@@ -36,14 +36,16 @@ class Settings:
             gradient, a warning names it.
         modulate: False measures and logs everything, lr_scale too, but steps
             with the plain learning rate.
-        restart_at_lr_drop: True restarts the moving average when the
-            learning rate drops below half of its highest value since the
-            last drop: mu is then the mean of the ratios since. Not in the
-            paper.
+        restart_at_lr_drop: True restarts the moving average of mu when the
+            learning rate, the highest of all groups, falls below half of its
+            highest value since the last drop. Then mu is the mean of the
+            ratios since, until the usual average takes over. It is meant for
+            step schedules. Not in the paper.
         bound_by_grad_norm: True divides the ratio of a module by the growth
-            of its gradient: the norm over the root of the square's moving
-            average, where that is above 1. Not in the paper. It needs the
-            estimator 'pairs'.
+            of its gradient: its norm over its usual norm, relative to the
+            same of the anchor, and at least 1. The usual norm is the root of
+            a moving average of squared norms. It needs the estimator 'pairs'.
+            Not in the paper.
 
     Raises:
         ValueError: A setting is wrong; the message says what to write instead.
@@ -122,7 +124,7 @@ class Settings:
             *(
                 (
                     name,
-                    not getattr(self, name) or self.ema_decay > 0,
+                    not getattr(self, name) or self.ema_decay != 0,
                     'possible with ema_decay=0, which keeps no average: '
                     f'write a higher ema_decay, or {name}=False',
                 )

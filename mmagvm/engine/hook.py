@@ -354,12 +354,12 @@ def describe(wrapper: AGVMOptimWrapper) -> List[str]:
     if settings.restart_at_lr_drop:
         lines.append(
             'AGVM: the moving averages of lr_scale restart when the learning '
-            'rate drops to less than half'
+            'rate drops below half'
         )
     if settings.bound_by_grad_norm:
         lines.append(
             'AGVM: the ratio of a module is divided by the growth of its '
-            'gradient norm'
+            "gradient norm, relative to the anchor's"
         )
     for module in wrapper.modulator.modules:
         groups = [

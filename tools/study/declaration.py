@@ -224,7 +224,7 @@ methods.update(
 )
 
 # other rules for the multipliers, of rules.py
-rules = ['mean_one', 'forgetting', 'bounded']
+rules = ['mean_one', 'forgetting', 'growth']
 methods.update(
     {
         f'agvm_{name}_{rule}': dict(
@@ -743,7 +743,7 @@ stages = [
     dict(
         name='other rules with RetinaNet, at equal rates',
         models=['retinanet'],
-        methods=['agvm_sgd_bounded', 'agvm_sgd_forgetting'],
+        methods=['agvm_sgd_growth', 'agvm_sgd_forgetting'],
         batch_sizes=[256],
         rates=[0.08, 0.113],
         seeds=[0, 1, 2],
@@ -757,7 +757,7 @@ stages = [
             batch_sizes=[256],
             seeds=[0, 1, 2],
         )
-        for rule in ('bounded', 'forgetting')
+        for rule in ('forgetting', 'growth')
         for name in ('soap', 'muon')
     ),
     dict(

@@ -18,7 +18,7 @@ from mmagvm.core.modulator import Modulator
 RULE_SETTINGS: Dict[str, Dict[str, Any]] = dict(
     mean_one={},  # but MeanOneHook
     forgetting=dict(restart_at_lr_drop=True),
-    bounded=dict(bound_by_grad_norm=True),
+    growth=dict(bound_by_grad_norm=True),
 )
 
 
