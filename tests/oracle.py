@@ -53,7 +53,7 @@ class Oracle:
         self.max_norm = max_norm
         self.restart, self.bound = restart_at_lr_drop, bound_by_grad_norm
         self.lr_factor = 1.0
-        self.measured_factors: List[float] = []
+        self.factors: Dict[str, List[float]] = {}
         self.norms: Dict[str, List[float]] = {}
         self.t = 0
         self.modules = list(dict.fromkeys(map(module_of, self.params)))
@@ -158,9 +158,10 @@ class Oracle:
     def modulate(self) -> None:
         if self.anchor not in self.phi:
             return
-        self.measured_factors.append(self.lr_factor)
-        alpha = self.alpha()
+        for module in self.phi:
+            self.factors.setdefault(module, []).append(self.lr_factor)
         for module, phi in self.phi.items():
+            alpha = self.alpha(module)
             ratio = (
                 (self.phi[self.anchor] + self.eps) / (phi + self.eps)
             ) ** 0.5
@@ -171,13 +172,12 @@ class Oracle:
                 ratio = max(ratio / max(1.0, grown), self.ratio_range[0])
             self.mu[module] = alpha * self.mu[module] + (1 - alpha) * ratio
 
-    def alpha(self) -> float:
-        """From all measured learning rates, for rates that only fall."""
-        factors = self.measured_factors
-        drops = [i for i in range(1, len(factors)) if factors[i] < factors[0]]
-        if not self.restart or not drops:
+    def alpha(self, module: str) -> float:
+        """From the learning rates at which it was measured; they only fall."""
+        first = self.factors[self.anchor][0]
+        since = sum(factor < first for factor in self.factors[module])
+        if not self.restart or not since:
             return self.ema_decay
-        since = len(factors) - drops[0]
         return min(self.ema_decay, 1 - 1 / since)
 
     def growth(self, norms: List[float]) -> float:
