@@ -91,9 +91,9 @@ def no_operators(patch):
 def wrong_variance(patch):
     real = Modulator.update
 
-    def update(self, at, measurement):
+    def update(self, at, measurement, lr):
         measurement.variance.mul_(1.1)
-        real(self, at, measurement)
+        real(self, at, measurement, lr)
 
     patch.setattr(Modulator, 'update', update)
 
@@ -105,8 +105,8 @@ def never_measures(patch):
 def other_multiplier(patch):
     real = Modulator.update
 
-    def update(self, at, measurement):
-        real(self, at, measurement)
+    def update(self, at, measurement, lr):
+        real(self, at, measurement, lr)
         self.lr_scale['neck'] *= 1 + 1e-15
 
     patch.setattr(Modulator, 'update', update)
