@@ -354,7 +354,7 @@ def describe(wrapper: AGVMOptimWrapper) -> List[str]:
     if settings.restart_at_lr_drop:
         lines.append(
             'AGVM: the moving averages of lr_scale restart when the learning '
-            'rate drops below half'
+            'rate drops below half of its highest value'
         )
     if settings.bound_by_grad_norm:
         lines.append(
