@@ -5,17 +5,19 @@ import argparse
 import pytest
 from mmengine.config import Config
 
-from mmagvm.planning import large_batch as planning
+from mmagvm.planning.batch import Batch
 from mmagvm.planning.config_reader import find_base_batch_size, load
 from mmagvm.planning.counts import convert_average
+from mmagvm.planning.large_batch import check
 from mmagvm.planning.large_batch_config import plan
 from mmagvm.planning.model_modules import package_configs
+from mmagvm.planning.schedule_change import schedule
 
 
 def planned(name, batch=480, gpus=32, base=None, file=None):
     """The plan for a config, without its model."""
     cfg = load(name)
-    planning.check(cfg)
+    check(cfg)
     args = argparse.Namespace(
         config=file or name,
         batch_size=batch,
@@ -119,12 +121,12 @@ def test_iterations_of_a_config_that_accumulates():
 
 
 def test_decay_of_each_iteration_is_converted():
-    batch = planning.Batch(64, 4, 16, 1, 16)
+    batch = Batch(64, 4, 16, 1, 16)
     old = dict(type='ExponentialLR', by_epoch=False, gamma=0.99)
-    _, new = planning.schedule([old], None, batch, 5, None)
+    _, new = schedule([old], None, batch, 5, None)
     assert new['gamma'] == pytest.approx(0.99**4, rel=1e-5)
     old = dict(old, by_epoch=True)
-    assert planning.schedule([old], None, batch, 5, 10.0)[1]['gamma'] == 0.99
+    assert schedule([old], None, batch, 5, 10.0)[1]['gamma'] == 0.99
 
 
 def test_moving_average_forgets_as_fast():
@@ -147,6 +149,12 @@ def test_hooks_of_others_are_named(own):
     _, epochs = text.split('as the number of epochs stays: ')
     assert '0: UnfreezeHook].unfreeze_epoch=2' in epochs
     assert 'width' not in text
+    # chosen, though as it was
+    name = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+    text = ' '.join(planned(name, batch=128, gpus=64).reasons)
+    assert 'window_size=50' in text and 'batch_size=2' not in text
+    # as many images in each iteration
+    assert 'to be checked' not in ' '.join(planned(name, 16, 8).reasons)
 
 
 @pytest.mark.parametrize('package', ['mmdet', 'mmseg'])
@@ -172,21 +180,19 @@ def test_what_follows_a_warmup_follows_the_new_one():
     """With epochs: an odd accumulation does not add one."""
     warmup = dict(type='LinearLR', start_factor=0.1, begin=0, end=1)
     cosine = dict(type='CosineAnnealingLR', begin=1, end=12, T_max=11)
-    batch = planning.Batch(512, 2, 16, 16, 16)
-    ours, after = planning.schedule([warmup, cosine], 0, batch, 230, 229.5)
+    batch = Batch(512, 2, 16, 16, 16)
+    ours, after = schedule([warmup, cosine], 0, batch, 230, 229.5)
     assert (ours['by_epoch'], ours['end']) == (False, 230 * 16)
     assert (after['begin'], after['T_max']) == (1, 11)
-    _, after = planning.schedule([warmup, cosine], 0, batch, 460, 230)
+    _, after = schedule([warmup, cosine], 0, batch, 460, 230)
     assert (after['begin'], after['T_max']) == (2, 10)
 
 
 def test_all_that_counts_iterations_is_scaled():
-    batch = planning.Batch(64, 4, 16, 1, 16)
+    batch = Batch(64, 4, 16, 1, 16)
     once = dict(type='OneCycleLR', by_epoch=False, total_steps=4000)
     restarts = dict(type='CosineRestartLR', by_epoch=False, periods=[400, 800])
-    _, once, restarts = planning.schedule(
-        [once, restarts], None, batch, 5, None
-    )
+    _, once, restarts = schedule([once, restarts], None, batch, 5, None)
     assert once['total_steps'] == 1000
     assert restarts['periods'] == [100, 200]
 

@@ -19,7 +19,8 @@ from mmengine.registry import DefaultScope
 
 from mmagvm.errors import UsageError
 from mmagvm.launch.runner import refuse_ignored_settings
-from mmagvm.planning import large_batch as planning
+from mmagvm.planning.batch import Batch, fuller_batch, split_batch
+from mmagvm.planning.large_batch_config import default_out
 
 TOOL = Path(__file__).parent.parent / 'tools/misc/make_large_batch_config.py'
 FASTER_RCNN = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
@@ -136,8 +137,27 @@ def pure_python(tmp_path):
     ],
 )
 def test_batch_is_split(batch, gpus, most, images, accumulation):
-    split = planning.split_batch(batch, gpus, most)
+    split = split_batch(batch, gpus, most)
     assert (split.images_per_gpu, split.accumulation) == (images, accumulation)
+
+
+@pytest.mark.parametrize(
+    'batch, gpus, fuller',
+    [(34, 2, 32), (544, 32, 512), (480, 32, 0), (512, 16, 0), (96, 4, 0)],
+)
+def test_batch_of_small_micro_batches_has_a_fuller_one(batch, gpus, fuller):
+    assert fuller_batch(split_batch(batch, gpus, 16), 16) == fuller
+
+
+def test_every_kind_of_version_has_a_name_of_its_own():
+    batch = Batch(64, 4, 8, 2, 16)
+    name = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+    assert str(default_out(name, batch, None, False, False)) == (
+        'retinanet_r50_fpn_1x_coco_4xb8x2.py'
+    )
+    assert str(default_out(name, batch, 'AdamW', True, True)) == (
+        'retinanet_r50_fpn_1x_coco_4xb8x2-agvm-adamw-shard.py'
+    )
 
 
 # -- what is written
@@ -352,7 +372,8 @@ def test_optimizer_without_agvm(make, own, tmp_path):
     assert wrapper.accumulative_counts == 4
     assert wrapper.optimizer.type == 'SOAP'
     assert tuple(wrapper.optimizer.betas) == (0.8, 0.95)
-    assert 'and betas (0.8, 0.95)' in output
+    assert '; betas (0.8, 0.95); weight_decay 0.0001 -> 0.05; ' in output
+    assert 'adds nothing' not in output
     assert [hook['type'] for hook in cfg.custom_hooks] == ['EMAHook']
     assert cfg.custom_hooks[0].momentum > 0.001
     assert cfg.custom_imports.imports == ['mmagvm']
@@ -389,6 +410,8 @@ def test_soap_takes_the_originals_rate_for_what_it_is_to_adamw(make, own):
     assert cfg.optim_wrapper.optimizer.lr == pytest.approx(2 * 8e-4, 2e-3)
     assert 'times 2, as its 0.0002 at 16 is to the 0.0001' in printed
     assert 'not tested on COCO' in printed
+    assert '; weight_decay 0.05 as in the original' in printed
+    assert 'AGVM adds nothing to SOAP' in printed
     # and on from there
     recipe = (
         TOOL.parents[2]
@@ -431,6 +454,100 @@ def test_soap_is_suggested_for_a_large_batch(make, arguments, suggested):
     pytest.importorskip('pytorch_optimizer')
     _, _, printed = make(FASTER_RCNN, '--gpus', 16, *arguments)
     assert ('add --optimizer SOAP' in printed) is suggested
+
+
+@pytest.mark.parametrize(
+    'own_clip, kept',
+    [
+        ("dict(type='value', clip_value=0.5)", True),
+        ('dict(max_norm=35)', True),
+        ('None', False),
+    ],
+)
+def test_clipping_of_the_original_stays(make, own, own_clip, kept):
+    """Without any, SOAP's recipe clips, also small batches."""
+    pytest.importorskip('pytorch_optimizer')
+    file = own(lines=f'optim_wrapper = dict(clip_grad={own_clip})')
+    before = Config.fromfile(file).optim_wrapper.clip_grad
+    cfg, _, printed = make(
+        *(file, '--batch-size', 64, '--gpus', 4, '--optimizer', 'SOAP')
+    )
+    after = cfg.optim_wrapper.clip_grad
+    assert after == (before if kept else dict(max_norm=1.0))
+    assert ('clipped as in the original: ' in printed) is kept
+    assert ('norm 1, as in the recipe faster_rcnn/soap' in printed) is not kept
+
+
+def test_learning_rates_in_schedulers_follow(make, own):
+    pytest.importorskip('pytorch_optimizer')
+    lines = """
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=99),
+    dict(type='CosineAnnealingLR', begin=6, T_max=6, eta_min=1e-3),
+    dict(type='CosineAnnealingMomentum', begin=6, T_max=6, eta_min=0.5)]
+"""
+    file = own(lines=lines)
+    for optimizer, lr in (('SGD', 0.16), ('SOAP', 8e-4)):
+        cfg, _, printed = make(
+            *(file, '--batch-size', 128, '--gpus', 8, '--optimizer', optimizer)
+        )
+        _, cosine, momentum = cfg.param_scheduler
+        assert cfg.optim_wrapper.optimizer.lr == lr
+        assert cosine.eta_min / lr == pytest.approx(1e-3 / 0.02)
+        assert momentum.eta_min == 0.5
+        assert 'CosineAnnealingLR.eta_min 0.001 -> ' in printed
+        assert 'Momentum.eta_min' not in printed
+
+
+def test_decay_during_a_new_warmup_is_told(make):
+    _, _, printed = make(
+        *(SEM_FPN, '--batch-size', 512, '--gpus', 32),
+        *('--base-batch-size', 32),
+    )
+    assert 'PolyLR already lowers the learning rate during the' in printed
+    assert 'it stays below 0.1131' in printed
+    assert "the paper's rule for ADE20K" in printed
+
+
+def test_training_shorter_than_any_of_the_paper_is_told(make):
+    _, _, printed = make(FASTER_RCNN, '--batch-size', 131072, '--gpus', 64)
+    assert 'only 11 updates in all' in printed
+
+
+def test_images_without_boxes_count_unless_they_are_filtered(make, own):
+    lines = (
+        'train_dataloader = dict(dataset=dict(filter_cfg=dict('
+        'filter_empty_gt={})))'
+    )
+    for filtered, images in ((True, 117266), (False, 118287)):
+        _, _, printed = make(
+            *(own(lines=lines.format(filtered)), '--batch-size', 64),
+            *('--gpus', 4),
+        )
+        assert f'12 of {images} images' in printed
+
+
+def test_model_inside_of_a_model_gets_fitting_advice(make):
+    _, _, printed = make(
+        'mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_'
+        'semi-0.1-coco.py',
+        *('--batch-size', 320, '--gpus', 32),
+    )
+    (advice,) = re.findall('.* batch norm layers.*', printed)
+    assert advice.startswith(
+        '- student.backbone has 53 batch norm layers, fixed by norm_eval=True'
+    )
+
+
+def test_options_of_each_parameter_are_not_listed(make):
+    """A constructor of mmseg prints them."""
+    _, _, printed = make(
+        'mmseg::beit/beit-large_upernet_8xb1-amp-160k_ade20k-640x640.py',
+        *('--batch-size', 256, '--gpus', 32),
+    )
+    assert len(printed.splitlines()) < 30
+    assert 'LayerDecayOptimizerConstructor still sets' in printed
+    assert 'as for AdamW on COCO, since the paper has no rule' in printed
 
 
 def test_sources_that_disagree_on_the_batch_are_refused(make, tmp_path):
@@ -543,7 +660,7 @@ def test_pure_python_config_is_planned_and_its_modules_found(
         ),
         (
             'from nowhere import Model\nmodel.update(type=Model)',
-            'could not be read: .*Failed to import nowhere',
+            'needs the package nowhere, which cannot be imported: install it',
         ),
         (
             'optim_wrapper.update(optimizer=dict(first=dict(type=SGD)))\n'
@@ -572,7 +689,7 @@ def test_unsuitable_pure_python_config_is_refused(
         ('mmdet::no/no.py', '--batch-size 64 --gpus 8', 'could not be read'),
         (FASTER_RCNN, '--batch-size 60 --gpus 8', '60 .* 8 GPUs: write 56 or'),
         (FASTER_RCNN, '--batch-size 4 --gpus 8', 'GPUs: write 8'),
-        (FASTER_RCNN, '--batch-size 0 --gpus 8', '--batch-size 0 is not'),
+        (FASTER_RCNN, '--batch-size 0 --gpus 8', 'size 0 is too small'),
         (FASTER_RCNN, '--batch-size 1 --gpus 1', 'nothing to compare'),
         (
             FASTER_RCNN,
@@ -582,7 +699,7 @@ def test_unsuitable_pure_python_config_is_refused(
         (
             FASTER_RCNN,
             '--batch-size 64 --gpus 8 --base-batch-size -16',
-            '--base-batch-size -16 is not a number',
+            '--base-batch-size -16 is too small',
         ),
     ],
 )
@@ -599,7 +716,7 @@ def test_bad_arguments_are_refused(make, tmp_path, config, options, message):
         ("optim_wrapper = dict(type='ApexOptimWrapper')", 'no AGVM counterp'),
         (
             'optim_wrapper = dict(_delete_=True, first=dict(optimizer=dict('
-            "type='SGD', lr=1.0)))",
+            "type='SGD', lr=1.0)), constructor='Both')",
             r"optim_wrapper has several, \['first'\]",
         ),
         (

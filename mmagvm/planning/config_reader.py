@@ -4,7 +4,7 @@ import copy
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from mmengine.config import Config
 from mmengine.model import BaseModel
@@ -14,16 +14,18 @@ from mmagvm.engine.config_types import (
     import_types,
     package_of,
     type_name,
+    with_strings,
 )
 from mmagvm.errors import refuse
-from mmagvm.recipes.lr_scaling import COCO_IMAGES, RECIPES, STUDY_RULES, Recipe
+from mmagvm.recipes.lr_scaling import COCO_IMAGES, STUDY_RULES
 
 #: Images of data sets that need not be on this machine, by class and file
-#: name of ann_file or, without one, last folder of data_prefix's images.
+#: name of ann_file or, without one, last folder of data_prefix's images: all,
+#: and those with ``filter_cfg=dict(filter_empty_gt=True)``.
 IMAGES = {
-    ('CocoDataset', 'instances_train2017.json'): COCO_IMAGES,
-    ('CocoPanopticDataset', 'panoptic_train2017.json'): COCO_IMAGES,
-    ('ADE20KDataset', 'training'): 20210,
+    ('CocoDataset', 'instances_train2017.json'): (118287, COCO_IMAGES),
+    ('CocoPanopticDataset', 'panoptic_train2017.json'): (118287, COCO_IMAGES),
+    ('ADE20KDataset', 'training'): (20210, 20210),
 }
 
 
@@ -42,7 +44,23 @@ def load(name: str) -> Config:
             file.write_text(f'_base_ = {name!r}\n')
             return Config.fromfile(file)
     except Exception as error:
-        return refuse(f'{name} could not be read: {one_line(error)}')
+        missing = missing_package(error)
+        return refuse(
+            f'{name} needs the package {missing}, which cannot be imported: '
+            'install it, or add its folder to PYTHONPATH'
+            if missing
+            else f'{name} could not be read: {one_line(error)}'
+        )
+
+
+def missing_package(error: BaseException) -> Optional[str]:
+    """The package whose absence is behind an error, if that is the cause."""
+    cause: Optional[BaseException] = error
+    while cause is not None:
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            return cause.name.partition('.')[0]
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def scope_of(cfg: Config, otherwise: str = 'mmengine') -> str:
@@ -60,6 +78,14 @@ def scope_of(cfg: Config, otherwise: str = 'mmengine') -> str:
         package = package_of(cfg)
         scope = package if package in MODELS.children else None
     return scope or otherwise
+
+
+def plain(cfg: Config, value: Dict[str, Any]) -> Dict[str, Any]:
+    """A part of a config without the scope that a ``package::`` base adds."""
+    value = with_strings(value)
+    if value.get('_scope_') == cfg.get('default_scope'):
+        value.pop('_scope_', None)
+    return value
 
 
 def one_line(error: Exception) -> str:
@@ -133,7 +159,8 @@ def count_images(dataset: Dict[str, Any]) -> int:
     )
     known = IMAGES.get((kind, Path(path).name))
     if known and not dataset.get('metainfo') and not dataset.get('indices'):
-        return known
+        filtered = (dataset.get('filter_cfg') or {}).get('filter_empty_gt')
+        return known[bool(filtered)]
     try:
         return len(DATASETS.build(copy.deepcopy(dataset)))
     except Exception as error:
@@ -178,14 +205,14 @@ def is_adaptive(optimizer: str) -> bool:
     return 'adam' in name or 'lamb' in name or optimizer in STUDY_RULES
 
 
-def recipe_of(optimizer: str, train_cfg: Dict[str, Any]) -> Recipe:
-    """The nearest of the paper's recipes, for warm-up and tau.
+def recipe_of(optimizer: str, train_cfg: Dict[str, Any]) -> str:
+    """Name of the nearest recipe, for warm-up, tau and clipping.
 
     That of Semantic FPN for trainings counted in iterations, of Faster R-CNN
-    with AdamW or SGD for the others.
+    for the others; SOAP's for Muon too, which has none.
     """
-    if is_iteration_based(train_cfg):
-        return RECIPES['sem_fpn']
-    return RECIPES[
-        'faster_rcnn/adamw' if is_adaptive(optimizer) else 'faster_rcnn'
-    ]
+    folder = 'sem_fpn' if is_iteration_based(train_cfg) else 'faster_rcnn'
+    if optimizer in STUDY_RULES:
+        return f'{folder}/soap'
+    with_adamw = is_adaptive(optimizer) and folder == 'faster_rcnn'
+    return f'{folder}/adamw' if with_adamw else folder

@@ -174,18 +174,21 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_changed(diff: Any, where: str, value: Any) -> bool:
-    """Whether ``diff`` sets another value there."""
+    """Whether ``diff`` decides what is there.
+
+    It writes lists as a whole, so that an item may be as before.
+    """
+    in_list = False
     for key in re.findall(r'[^.\[\]]+', where):
         if isinstance(diff, dict) and key in diff:
             diff = diff[key]
         elif isinstance(diff, (list, tuple)) and key.isdecimal():
             if int(key) >= len(diff):
                 return False
-            diff = diff[int(key)]
+            diff, in_list = diff[int(key)], True
         else:
             return isinstance(diff, dict) and bool(diff.get('_delete_'))
-    same: bool = diff == value
-    return not same
+    return not in_list or bool(diff != value)
 
 
 def _readable(where: str, owner: Dict[str, Any]) -> str:

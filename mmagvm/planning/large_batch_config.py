@@ -6,7 +6,9 @@ Then loads and builds it as a check, and reports what changed and why.
 
 import argparse
 import os
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -16,6 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmagvm import AGVMOptimWrapper
+from mmagvm.core.modules import find_modules
 from mmagvm.engine.config_types import (
     is_pure_python,
     type_name,
@@ -23,17 +26,14 @@ from mmagvm.engine.config_types import (
 )
 from mmagvm.engine.hook import useless_sync_bn
 from mmagvm.errors import refuse
+from mmagvm.planning.batch import Batch, fuller_batch, split_batch
 from mmagvm.planning.config_reader import (
     find_base_batch_size,
     innermost,
     one_line,
 )
-from mmagvm.planning.large_batch import (
-    Batch,
-    Plan,
-    plan_training,
-    split_batch,
-)
+from mmagvm.planning.large_batch import plan_training
+from mmagvm.planning.plan import Plan
 from mmagvm.recipes.lr_scaling import STUDY_RULES
 
 #: The optimizer that the study finds best, and from which batch size on it
@@ -48,8 +48,7 @@ def plan(cfg: Config, args: argparse.Namespace) -> Tuple[Plan, Batch]:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             option = f'--{name.replace("_", "-")}'
             refuse(
-                f'{option} {getattr(args, name)} is not a number: write 1 or '
-                'more'
+                f'{option} {getattr(args, name)} is too small: write 1 or more'
             )
     kind = type_name(cfg.optim_wrapper.get('type', 'OptimWrapper'))
     if not args.agvm and kind.startswith('AGVM'):
@@ -77,6 +76,13 @@ def plan(cfg: Config, args: argparse.Namespace) -> Tuple[Plan, Batch]:
         f'batch {batch.size} = {batch.gpus} GPUs x {batch.images_per_gpu} '
         f'images x {batch.accumulation} accumulated micro-batches'
     )
+    fuller = fuller_batch(batch, args.max_images_per_gpu)
+    if fuller:
+        result.because(
+            f'micro-batches of {batch.images_per_gpu} leave much of a GPU '
+            f'idle: --batch-size {fuller} has {args.max_images_per_gpu} in '
+            'each'
+        )
     dataset = type_name(innermost(cfg.train_dataloader.dataset).get('type'))
     plan_training(
         result, cfg, batch, args.optimizer, dataset, args.images, args.agvm
@@ -110,12 +116,13 @@ def plan_loader(result: Plan, cfg: Config, batch: Batch) -> Dict[str, Any]:
 
 
 def default_out(
-    name: str, batch: Batch, optimizer: Optional[str], agvm: bool
+    name: str, batch: Batch, optimizer: Optional[str], agvm: bool, shard: bool
 ) -> Path:
     """The original's name with GPUs and images, in the current folder."""
     stem = Path(name.split('::')[-1]).stem
     accumulated = f'x{batch.accumulation}' if batch.accumulation > 1 else ''
     suffix = '-agvm' * agvm + (f'-{optimizer.lower()}' if optimizer else '')
+    suffix += '-shard' * shard
     return Path(
         f'{stem}_{batch.gpus}xb{batch.images_per_gpu}{accumulated}{suffix}.py'
     )
@@ -168,7 +175,8 @@ def verify(out: Path, result: Plan, model: nn.Module) -> List[str]:
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
             settings.pop(key, None)
     try:
-        wrapper = build_optim_wrapper(model, settings)
+        with redirect_stdout(StringIO()):  # some list all parameters
+            wrapper = build_optim_wrapper(model, settings)
     except (ImportError, TypeError, ValueError) as error:
         out.unlink()
         return refuse(f'the config cannot be trained: {one_line(error)}')
@@ -192,16 +200,23 @@ def compare(loaded: Any, wanted: Any, where: str) -> None:
 
 
 def advise_optimizer(
-    cfg: Config, batch: Batch, wanted: Optional[str], shard: bool
+    cfg: Config, batch: Batch, wanted: Optional[str], agvm: bool, shard: bool
 ) -> List[str]:
     """Which optimizer the study supports for a large batch."""
     name = wanted or type_name(cfg.optim_wrapper.optimizer['type'])
-    if shard or name in STUDY_RULES or batch.size < LARGE:
+    if name in STUDY_RULES:
+        alone = (
+            f"in this project's study AGVM adds nothing to {name} (docs/"
+            'evidence.md): --no-agvm leaves it out'
+        )
+        return [alone] if agvm else []
+    if shard or batch.size < LARGE:
         return []
     return [
         f"a batch of {batch.size} is large: in this project's study of small "
         f'detectors {BEST} loses the least AP from batch {LARGE} on (docs/'
-        f'evidence.md; not run on COCO); add --optimizer {BEST} to use it'
+        f'evidence.md; not run on COCO); add --optimizer {BEST} --no-agvm to '
+        'use it alone'
     ]
 
 
@@ -226,7 +241,8 @@ def advise_norm(model: nn.Module, batch: Batch) -> List[str]:
             f'{name} has synchronized norm layers, but norm_eval=True '
             'switches them off: set norm_eval=False in it'
         )
-    for name, module in model.named_children():
+    for name in find_modules(model):
+        module = model.get_submodule(name)
         layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
         kinds = {type(layer).__name__ for layer in layers}
         if not layers or any('Sync' in k or k == 'CGBN' for k in kinds):

@@ -13,10 +13,11 @@ from mmagvm.core.modules import find_modules
 from mmagvm.engine.config_types import type_name
 from mmagvm.errors import refuse
 from mmagvm.planning import large_batch as large_batch_plan
+from mmagvm.planning.batch import Batch
 from mmagvm.planning.config_reader import (
     innermost,
 )
-from mmagvm.planning.large_batch import Batch, Plan
+from mmagvm.planning.plan import Plan
 from mmagvm.planning.time_model import (
     Cluster,
     Gradients,

@@ -9,7 +9,8 @@ from mmagvm.engine.config_types import type_name
 from mmagvm.engine.fully_shard_strategy import refuse_scalars
 from mmagvm.engine.shard_units import find_units
 from mmagvm.errors import refuse
-from mmagvm.planning.large_batch import Batch, Plan
+from mmagvm.planning.batch import Batch
+from mmagvm.planning.plan import Plan
 
 #: Settings of a Runner that a FlexibleRunner leaves to its strategy.
 MOVED = ('activation_checkpointing', 'find_unused_parameters')

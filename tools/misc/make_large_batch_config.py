@@ -13,7 +13,7 @@ from mmengine.registry import init_default_scope
 
 from mmagvm.errors import command
 from mmagvm.planning.config_reader import build_model, load, scope_of
-from mmagvm.planning.large_batch import OPTIONS, check
+from mmagvm.planning.large_batch import check
 from mmagvm.planning.large_batch_config import (
     advise_clipping,
     advise_norm,
@@ -23,6 +23,7 @@ from mmagvm.planning.large_batch_config import (
     verify,
     write,
 )
+from mmagvm.planning.optimizer_change import OPTIONS
 from mmagvm.planning.sharding import plan_sharding
 
 
@@ -96,7 +97,7 @@ def main() -> None:
     if args.shard:
         plan_sharding(result, cfg, batch, model)
     out = args.out or default_out(
-        args.config, batch, args.optimizer, args.agvm
+        args.config, batch, args.optimizer, args.agvm, args.shard
     )
     write(out, args.config, cfg, result)
     modules = verify(out, result, model)
@@ -104,7 +105,7 @@ def main() -> None:
     for line in (
         *result.reasons,
         *([f'modules: {", ".join(modules)}'] if modules else []),
-        *advise_optimizer(cfg, batch, args.optimizer, args.shard),
+        *advise_optimizer(cfg, batch, args.optimizer, args.agvm, args.shard),
         *(advise_clipping(cfg, result) if args.agvm else []),
         *advise_norm(model, batch),
     ):

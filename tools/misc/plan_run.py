@@ -10,6 +10,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
 from mmagvm.errors import command, refuse
+from mmagvm.planning.batch import Batch
 from mmagvm.planning.config_reader import (
     build_model,
     count_images,
@@ -19,7 +20,7 @@ from mmagvm.planning.config_reader import (
     scope_of,
 )
 from mmagvm.planning.iteration_profile import image_size, profile
-from mmagvm.planning.large_batch import Batch, check
+from mmagvm.planning.large_batch import check
 from mmagvm.planning.run_plan import (
     GPUS,
     Training,
