@@ -400,7 +400,7 @@ def test_soap_takes_the_originals_rate_for_what_it_is_to_adamw(make, own):
     pytest.importorskip('pytorch_optimizer')
     lines = (
         "optim_wrapper = dict(optimizer=dict(_delete_=True, type='AdamW', "
-        'lr=2e-4, weight_decay=0.05))'
+        'lr=2e-4, weight_decay=0.01))'
     )
     cfg, _, printed = make(
         *(own(lines=lines), '--batch-size', 256, '--gpus', 16),
@@ -410,7 +410,8 @@ def test_soap_takes_the_originals_rate_for_what_it_is_to_adamw(make, own):
     assert cfg.optim_wrapper.optimizer.lr == pytest.approx(2 * 8e-4, 2e-3)
     assert 'times 2, as its 0.0002 at 16 is to the 0.0001' in printed
     assert 'not tested on COCO' in printed
-    assert '; weight_decay 0.05 as in the original' in printed
+    assert cfg.optim_wrapper.optimizer.weight_decay == 0.01
+    assert '; weight_decay 0.01 as in the original' in printed
     assert 'AGVM adds nothing to SOAP' in printed
     # and on from there
     recipe = (
