@@ -155,6 +155,14 @@ def test_hooks_of_others_are_named(own):
     assert 'window_size=50' in text and 'batch_size=2' not in text
     # as many images in each iteration
     assert 'to be checked' not in ' '.join(planned(name, 16, 8).reasons)
+    file = str(
+        own(lines='train_dataloader=dict(batch_sampler=dict(batch_size=3))')
+    )
+    reasons = planned(file, 16, 4, 16).reasons
+    (note,) = [reason for reason in reasons if 'checked' in reason]
+    assert (
+        'to be checked: train_dataloader.batch_sampler.batch_size=3;' in note
+    )
 
 
 @pytest.mark.parametrize('package', ['mmdet', 'mmseg'])

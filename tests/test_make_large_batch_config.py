@@ -19,8 +19,8 @@ from mmengine.registry import DefaultScope
 
 from mmagvm.errors import UsageError
 from mmagvm.launch.runner import refuse_ignored_settings
-from mmagvm.planning.batch import Batch, fuller_batch, split_batch
-from mmagvm.planning.large_batch_config import default_out
+from mmagvm.planning.batch import Batch, split_batch
+from mmagvm.planning.large_batch_config import advise_batch, default_out
 
 TOOL = Path(__file__).parent.parent / 'tools/misc/make_large_batch_config.py'
 FASTER_RCNN = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
@@ -142,11 +142,24 @@ def test_batch_is_split(batch, gpus, most, images, accumulation):
 
 
 @pytest.mark.parametrize(
-    'batch, gpus, fuller',
-    [(34, 2, 32), (544, 32, 512), (480, 32, 0), (512, 16, 0), (96, 4, 0)],
+    'batch, gpus, sampler, fuller',
+    [
+        (34, 2, {}, 32),
+        (544, 32, {}, 512),
+        (124, 4, {}, 128),
+        (480, 32, {}, None),
+        (96, 4, {}, None),
+        # AGVM makes two of 8 there
+        (17, 1, {}, None),
+        # 16 is not divided by 1 + 4
+        (544, 32, dict(source_ratio=[1, 4]), None),
+    ],
 )
-def test_batch_of_small_micro_batches_has_a_fuller_one(batch, gpus, fuller):
-    assert fuller_batch(split_batch(batch, gpus, 16), 16) == fuller
+def test_fuller_micro_batches_are_advised(batch, gpus, sampler, fuller):
+    cfg = Config(dict(train_dataloader=dict(sampler=sampler)))
+    advice = advise_batch(cfg, split_batch(batch, gpus, 16), 16, agvm=True)
+    found = re.findall(r'--batch-size (\d+) has 16', ' '.join(advice))
+    assert found == ([] if fuller is None else [str(fuller)])
 
 
 def test_every_kind_of_version_has_a_name_of_its_own():
@@ -372,7 +385,7 @@ def test_optimizer_without_agvm(make, own, tmp_path):
     assert wrapper.accumulative_counts == 4
     assert wrapper.optimizer.type == 'SOAP'
     assert tuple(wrapper.optimizer.betas) == (0.8, 0.95)
-    assert '; betas (0.8, 0.95); weight_decay 0.0001 -> 0.05; ' in output
+    assert 'SOAP: betas (0.8, 0.95), weight_decay 0.0001 -> 0.05' in output
     assert 'adds nothing' not in output
     assert [hook['type'] for hook in cfg.custom_hooks] == ['EMAHook']
     assert cfg.custom_hooks[0].momentum > 0.001
@@ -411,7 +424,7 @@ def test_soap_takes_the_originals_rate_for_what_it_is_to_adamw(make, own):
     assert 'times 2, as its 0.0002 at 16 is to the 0.0001' in printed
     assert 'not tested on COCO' in printed
     assert cfg.optim_wrapper.optimizer.weight_decay == 0.01
-    assert '; weight_decay 0.01 as in the original' in printed
+    assert ', weight_decay 0.01 as in the original' in printed
     assert 'AGVM adds nothing to SOAP' in printed
     # and on from there
     recipe = (
@@ -421,6 +434,7 @@ def test_soap_takes_the_originals_rate_for_what_it_is_to_adamw(make, own):
     cfg, _, printed = make(recipe, '--batch-size', 1024, '--gpus', 64)
     assert cfg.optim_wrapper.optimizer.lr == 8e-4
     assert "this project's rule, by its study" in printed
+    assert 'linear up to 32, then constant (' in printed
 
 
 def test_advice_fits_the_module_and_the_config(make, own):
@@ -505,14 +519,70 @@ def test_decay_during_a_new_warmup_is_told(make):
         *(SEM_FPN, '--batch-size', 512, '--gpus', 32),
         *('--base-batch-size', 32),
     )
-    assert 'PolyLR already lowers the learning rate during the' in printed
-    assert 'it stays below 0.1131' in printed
+    assert 'PolyLR already decays during the warm-up' in printed
     assert "the paper's rule for ADE20K" in printed
+
+
+@pytest.mark.parametrize(
+    'batch, settings, told',
+    [
+        # a first step after the only epoch of the warm-up
+        (128, '', False),
+        (256, '', True),
+        (128, 'convert_to_iter_based=True', True),
+        (256, 'begin=2', False),
+    ],
+)
+def test_decay_by_epoch_during_a_new_warmup(make, own, batch, settings, told):
+    lines = f"""
+param_scheduler = [
+    dict(type='CosineAnnealingLR', T_max=12, {settings}),
+    dict(type='MultiStepLR', milestones=[8])]
+"""
+    _, _, printed = make(
+        *(own(lines=lines), '--batch-size', batch, '--gpus', 16)
+    )
+    assert ('CosineAnnealingLR already decays' in printed) is told
+    assert 'MultiStepLR' not in printed
+
+
+@pytest.mark.parametrize(
+    'old, new', [('1e-4', 4e-4), ('[1e-4, 2e-4]', [4e-4, 8e-4])]
+)
+def test_rates_of_each_group_follow(make, own, old, new):
+    lines = f"""
+param_scheduler = [
+    dict(type='ReduceOnPlateauLR', monitor='loss', min_value={old})]
+"""
+    cfg, _, _ = make(own(lines=lines), '--batch-size', 64, '--gpus', 4)
+    assert cfg.param_scheduler[-1].min_value == new
 
 
 def test_training_shorter_than_any_of_the_paper_is_told(make):
     _, _, printed = make(FASTER_RCNN, '--batch-size', 131072, '--gpus', 64)
     assert 'only 11 updates in all' in printed
+
+
+@pytest.mark.parametrize(
+    'old, new', [('LAMB', 'AdamW'), ('LARS', 'SGD'), ('SOAP', 'Muon')]
+)
+def test_weight_decay_stays_in_a_family(make, own, old, new):
+    pytest.importorskip('pytorch_optimizer')
+    lines = (
+        "optim_wrapper = dict(optimizer=dict(_delete_=True, type='%s', "
+        'lr=1e-3, weight_decay=0.02))'
+    )
+    cfg, _, _ = make(
+        own(lines=lines % old),
+        *('--batch-size', 64, '--gpus', 4, '--optimizer', new),
+    )
+    assert cfg.optim_wrapper.optimizer.weight_decay == 0.02
+
+
+def test_advice_to_leave_agvm_out_can_be_followed(make, own):
+    lines = "optim_wrapper = dict(type='AGVMOptimWrapper')"
+    _, _, printed = make(own(lines=lines), '--batch-size', 256, '--gpus', 16)
+    assert "--no-agvm, and write optim_wrapper.type='OptimWrapper'" in printed
 
 
 def test_images_without_boxes_count_unless_they_are_filtered(make, own):
@@ -661,7 +731,11 @@ def test_pure_python_config_is_planned_and_its_modules_found(
         ),
         (
             'from nowhere import Model\nmodel.update(type=Model)',
-            'needs the package nowhere, which cannot be imported: install it',
+            'needs nowhere, which cannot be imported: install it in a version',
+        ),
+        (
+            'from mmdet.nowhere import Model\nmodel.update(type=Model)',
+            'needs mmdet.nowhere, which cannot be imported',
         ),
         (
             'optim_wrapper.update(optimizer=dict(first=dict(type=SGD)))\n'
@@ -732,6 +806,14 @@ def test_bad_arguments_are_refused(make, tmp_path, config, options, message):
         ),
         ('train_dataloader = None', 'the config has no train_dataloader'),
         ('optim_wrapper = dict(', 'could not be read'),
+        (
+            'try:\n    import nowhere\nexcept ImportError:\n    nothing',
+            "could not be read: NameError: name 'nothing'",
+        ),
+        (
+            "optim_wrapper = dict(_delete_=True, type='OptimWrapper')",
+            'optim_wrapper has no optimizer: write',
+        ),
     ],
 )
 def test_unsuitable_config_is_refused(make, own, tmp_path, lines, message):

@@ -1,4 +1,4 @@
-"""Plans of a run: the time by hand, the rest against large_batch_plan.
+"""Plans of a run: the time by hand, the rest against the converter of configs.
 
 No time is measured but by --profile, and none is asserted.
 """
@@ -16,10 +16,10 @@ from mmengine.registry import init_default_scope
 from mmagvm.errors import UsageError
 from mmagvm.planning import (
     iteration_profile,
-    large_batch,
     run_plan,
     time_model,
 )
+from mmagvm.planning.batch import Batch
 from mmagvm.planning.config_reader import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -95,7 +95,7 @@ def adamw():
 
 
 def batch_of(gpus, images=2, accumulation=1, base=32):
-    return large_batch.Batch(
+    return Batch(
         gpus * images * accumulation, gpus, images, accumulation, base
     )
 

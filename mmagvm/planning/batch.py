@@ -62,14 +62,3 @@ def split_batch(
         if share % count == 0 and share // count <= max_images
     )
     return Batch(size, gpus, share // accumulation, accumulation, base)
-
-
-def fuller_batch(batch: Batch, max_images: int) -> int:
-    """The next smaller batch size whose micro-batches are full.
-
-    0 unless a GPU's images can only be divided into ones less than half full.
-    """
-    share = batch.size // batch.gpus
-    if share <= max_images or 2 * batch.images_per_gpu >= max_images:
-        return 0
-    return share // max_images * max_images * batch.gpus

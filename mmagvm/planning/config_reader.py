@@ -3,10 +3,12 @@
 import copy
 import re
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from mmengine.config import Config
+from mmengine.config.utils import ConfigParsingError
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS
 
@@ -44,23 +46,27 @@ def load(name: str) -> Config:
             file.write_text(f'_base_ = {name!r}\n')
             return Config.fromfile(file)
     except Exception as error:
-        missing = missing_package(error)
+        missing = missing_module(error)
         return refuse(
-            f'{name} needs the package {missing}, which cannot be imported: '
-            'install it, or add its folder to PYTHONPATH'
+            f'{name} needs {missing}, which cannot be imported: install it '
+            'in a version that has it, or add its folder to PYTHONPATH'
             if missing
             else f'{name} could not be read: {one_line(error)}'
         )
 
 
-def missing_package(error: BaseException) -> Optional[str]:
-    """The package whose absence is behind an error, if that is the cause."""
+def missing_module(error: BaseException) -> str:
+    """The module whose absence is behind an error, '' if that is not so.
+
+    It is the package alone where that is missing too.
+    """
     cause: Optional[BaseException] = error
-    while cause is not None:
+    while isinstance(cause, (ImportError, ConfigParsingError)):
         if isinstance(cause, ModuleNotFoundError) and cause.name:
-            return cause.name.partition('.')[0]
+            package = cause.name.partition('.')[0]
+            return cause.name if find_spec(package) else package
         cause = cause.__cause__ or cause.__context__
-    return None
+    return ''
 
 
 def scope_of(cfg: Config, otherwise: str = 'mmengine') -> str:

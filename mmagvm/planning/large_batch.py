@@ -84,7 +84,9 @@ def report_unchanged(
     """Report the numbers that count and do not change."""
     by_epoch = not is_iteration_based(cfg.train_cfg)
     iterations, epochs = unchanged(cfg, result.diff, by_epoch)
-    if iterations and batch.times != 1:
+    if batch.times == 1:  # then only the images of a GPU may differ
+        iterations = [count for count in iterations if '.batch_size=' in count]
+    if iterations:
         new = math.ceil(total * batch.accumulation)
         result.because(
             f'not changed, to be checked: {", ".join(iterations)}; they count '
@@ -114,6 +116,11 @@ def check(cfg: Config) -> None:
     wrapper = cfg.optim_wrapper
     if 'optimizer' not in wrapper:
         several = [k for k, v in wrapper.items() if isinstance(v, dict)]
+        if not several:
+            refuse(
+                'optim_wrapper has no optimizer: write '
+                "optimizer=dict(type='SGD', lr=...)"
+            )
         refuse(
             f'optim_wrapper has several, {several}, but AGVM modulates one '
             'optimizer of the whole model: write a single optim_wrapper'

@@ -26,7 +26,7 @@ from mmagvm.engine.config_types import (
 )
 from mmagvm.engine.hook import useless_sync_bn
 from mmagvm.errors import refuse
-from mmagvm.planning.batch import Batch, fuller_batch, split_batch
+from mmagvm.planning.batch import Batch, split_batch
 from mmagvm.planning.config_reader import (
     find_base_batch_size,
     innermost,
@@ -76,13 +76,6 @@ def plan(cfg: Config, args: argparse.Namespace) -> Tuple[Plan, Batch]:
         f'batch {batch.size} = {batch.gpus} GPUs x {batch.images_per_gpu} '
         f'images x {batch.accumulation} accumulated micro-batches'
     )
-    fuller = fuller_batch(batch, args.max_images_per_gpu)
-    if fuller:
-        result.because(
-            f'micro-batches of {batch.images_per_gpu} leave much of a GPU '
-            f'idle: --batch-size {fuller} has {args.max_images_per_gpu} in '
-            'each'
-        )
     dataset = type_name(innermost(cfg.train_dataloader.dataset).get('type'))
     plan_training(
         result, cfg, batch, args.optimizer, dataset, args.images, args.agvm
@@ -199,24 +192,49 @@ def compare(loaded: Any, wanted: Any, where: str) -> None:
         assert loaded == wanted, f'{where}: {loaded!r} instead of {wanted!r}'
 
 
+def advise_batch(
+    cfg: Config, batch: Batch, max_images: int, agvm: bool
+) -> List[str]:
+    """Advice for micro-batches that are less than half full."""
+    share = batch.size // batch.gpus
+    if share <= max_images or 2 * batch.images_per_gpu >= max_images:
+        return []
+    near = max(1, round(share / max_images)) * max_images * batch.gpus
+    fuller = split_batch(near, batch.gpus, max_images, agvm=agvm)
+    sampler = cfg.train_dataloader.get('sampler') or {}
+    unit = sum(sampler.get('source_ratio') or [1])
+    if fuller.images_per_gpu < max_images or max_images % unit:
+        return []
+    return [
+        f'micro-batches of {batch.images_per_gpu} leave much of a GPU idle: '
+        f'--batch-size {near} has {max_images} in each'
+    ]
+
+
 def advise_optimizer(
     cfg: Config, batch: Batch, wanted: Optional[str], agvm: bool, shard: bool
 ) -> List[str]:
     """Which optimizer the study supports for a large batch."""
     name = wanted or type_name(cfg.optim_wrapper.optimizer['type'])
+    kind = type_name(cfg.optim_wrapper.get('type'))
+    without = '--no-agvm' + (
+        ", and write optim_wrapper.type='OptimWrapper' in the original"
+        if kind.startswith('AGVM')
+        else ''
+    )
     if name in STUDY_RULES:
-        alone = (
-            f"in this project's study AGVM adds nothing to {name} (docs/"
-            'evidence.md): --no-agvm leaves it out'
-        )
-        return [alone] if agvm else []
+        return [
+            f"AGVM adds nothing to {name} in this project's study (docs/"
+            f'evidence.md). To train without it, add {without}'
+        ] * agvm
     if shard or batch.size < LARGE:
         return []
     return [
-        f"a batch of {batch.size} is large: in this project's study of small "
-        f'detectors {BEST} loses the least AP from batch {LARGE} on (docs/'
-        f'evidence.md; not run on COCO); add --optimizer {BEST} --no-agvm to '
-        'use it alone'
+        f"a batch of {batch.size} is large. In this project's study of small "
+        f'detectors, {BEST} loses the least AP from batch {LARGE} on (docs/'
+        f'evidence.md; not run on COCO). To use it, add --optimizer {BEST}'
+        + f' {without}'
+        * agvm
     ]
 
 

@@ -8,7 +8,7 @@ from mmagvm.engine.config_types import type_name
 from mmagvm.errors import refuse
 from mmagvm.planning.batch import Batch
 from mmagvm.planning.config_reader import is_adaptive, recipe_of
-from mmagvm.planning.plan import Plan
+from mmagvm.planning.plan import Plan, rounded
 from mmagvm.recipes.lr_scaling import (
     RECIPES,
     RULES,
@@ -73,13 +73,14 @@ def plan_optimizer(
         change: Dict[str, Any] = dict(lr=rounded(lr))
         reason = (
             f'learning rate {optimizer["lr"]:g} -> {change["lr"]:g}: scaled '
-            f'from batch {batch.base}, linear up to {rule.knee}, then x '
-            f'{rule.growth:.3f} per doubling ({origin})'
+            f'from batch {batch.base}, {rule.growing} ({origin})'
         )
     else:
         change, reason = another_optimizer(optimizer, name, batch, data)
     result.diff['optim_wrapper'] = dict(optimizer=change)
     result.because(reason)
+    if name != own:
+        result.because(f'options of {name}: {compared(optimizer, change)}')
     # otherwise --auto-scale-lr would scale once more; MMEngine compares it
     # with a batch without accumulation
     result.diff['auto_scale_lr'] = dict(
@@ -93,7 +94,8 @@ def another_optimizer(
     """The config of an optimizer other than the original's, and why."""
     like, options = OPTIONS[name]
     replaced = type_name(old['type'])
-    if replaced == like and 'weight_decay' in old:
+    family, _ = OPTIONS.get(replaced, (replaced, {}))
+    if family == like and 'weight_decay' in old:
         options = dict(options, weight_decay=old['weight_decay'])
     elif like == 'SGD' and 'ADE20K' in data:
         options = dict(options, weight_decay=5e-4)
@@ -116,18 +118,25 @@ def another_optimizer(
             f"the {usual(batch.base):.3g} of the paper's rule for COCO; "
             f'{known}'
         )
-    reason = (
+    return dict(_delete_=True, type=name, lr=rounded(lr), **options), (
         f'{replaced} -> {name} with learning rate {rounded(lr):g}: {rule} '
         f'({known})'
     )
-    for key, value in options.items():
+
+
+def compared(old: Dict[str, Any], new: Dict[str, Any]) -> str:
+    """An optimizer's options beside the original's."""
+    shown = []
+    for key, value in new.items():
+        if key in ('_delete_', 'type', 'lr'):
+            continue
         if key not in old:
-            reason += f'; {key} {value}'
+            shown.append(f'{key} {value}')
         elif old[key] == value:
-            reason += f'; {key} {value} as in the original'
+            shown.append(f'{key} {value} as in the original')
         else:
-            reason += f'; {key} {old[key]} -> {value}'
-    return dict(_delete_=True, type=name, lr=rounded(lr), **options), reason
+            shown.append(f'{key} {old[key]} -> {value}')
+    return ', '.join(shown)
 
 
 def papers_rule(data: str) -> str:
@@ -155,7 +164,7 @@ def rule_of(optimizer: str, data: str) -> Tuple[LRRule, str]:
     return (
         own or RULES[like, 'COCO'],
         f'as for {like} on {name if own else "COCO"}, since the paper has no '
-        f'rule for {optimizer} on {name}',
+        f'rule for {optimizer} on {data}',
     )
 
 
@@ -182,8 +191,3 @@ def plan_clipping(
         result.because(
             f'gradients are clipped to norm {norm:g}, as in the recipe {name}'
         )
-
-
-def rounded(value: float) -> float:
-    """To four digits."""
-    return float(f'{value:.4g}')

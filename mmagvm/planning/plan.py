@@ -13,3 +13,8 @@ class Plan:
 
     def because(self, reason: str) -> None:
         self.reasons.append(reason)
+
+
+def rounded(value: float) -> float:
+    """To the four digits that a config gets."""
+    return float(f'{value:.4g}')

@@ -12,7 +12,7 @@ from mmagvm.planning.config_reader import (
     is_iteration_based,
     plain,
 )
-from mmagvm.planning.plan import Plan
+from mmagvm.planning.plan import Plan, rounded
 from mmagvm.recipes.lr_scaling import RECIPES, Recipe, at
 
 #: Schedulers that can be a warm-up.
@@ -89,44 +89,67 @@ def plan_schedule(
         )
     old = cfg.optim_wrapper.optimizer.get('lr')
     new = result.diff['optim_wrapper']['optimizer']['lr']
-    report_rates(result, schedulers, own, old, new)
+    lr_times = new / old if old else None
+    report_rates(result, schedulers, lr_times)
+    if own is None:
+        report_overlap(result, schedulers, wanted, epoch)
     result.diff['param_scheduler'] = schedule(
-        schedulers, own, batch, wanted, epoch, new / old if old else 1.0
+        schedulers, own, batch, wanted, epoch, lr_times or 1.0
     )
     return wanted, total
 
 
 def report_rates(
-    result: Plan,
-    schedulers: List[Dict[str, Any]],
-    own: Optional[int],
-    old: Optional[float],
-    new: float,
+    result: Plan, schedulers: List[Dict[str, Any]], lr_times: Optional[float]
 ) -> None:
     """Report what becomes of the learning rates in schedulers.
 
     Args:
         result: The plan, which changes.
         schedulers: The original's.
-        own: Which of them is the warm-up.
-        old: The original's learning rate, if it names one.
-        new: The new one.
+        lr_times: The new learning rate over the original's, if it names one.
+    """
+    for scheduler in schedulers:
+        for key in rates_of(scheduler):
+            what = f'{type_name(scheduler["type"])}.{key}'
+            value = scheduler[key]
+            result.because(
+                f'{what} {value} -> {scaled_rate(value, lr_times)}, the same '
+                'part of the learning rate'
+                if lr_times
+                else f'not changed, to be checked: {what}={value}; it is a '
+                'learning rate, and the original names none'
+            )
+
+
+def report_overlap(
+    result: Plan,
+    schedulers: List[Dict[str, Any]],
+    warmup: int,
+    epoch: Optional[float],
+) -> None:
+    """Report schedulers that decay during a warm-up that is new.
+
+    Args:
+        result: The plan, which changes.
+        schedulers: The original's.
+        warmup: Updates of the warm-up.
+        epoch: Updates in an epoch, for runs that count in epochs.
     """
     for scheduler in schedulers:
         name = type_name(scheduler['type'])
-        for key in rates_of(scheduler):
-            value = scheduler[key]
+        in_steps = not scheduler.get('by_epoch', True) or scheduler.get(
+            'convert_to_iter_based'
+        )
+        if (
+            name in GRADUAL
+            and not scheduler.get('begin')
+            and (in_steps or warmup > math.ceil(epoch or 0))
+        ):
             result.because(
-                f'{name}.{key} {value:g} -> {value * new / old:.4g}, the same '
-                'part of the learning rate'
-                if old
-                else f'not changed, to be checked: {name}.{key}={value:g}; it '
-                'is a learning rate, and the original names none'
-            )
-        if own is None and name in GRADUAL and not scheduler.get('begin'):
-            result.because(
-                f'{name} already lowers the learning rate during the warm-up, '
-                f'which the original does not have: it stays below {new:g}'
+                f'{name} already decays during the warm-up, which the '
+                'original does not have: the learning rate stays below its '
+                'value'
             )
 
 
@@ -214,7 +237,7 @@ def schedule(
     for index, old in enumerate(schedulers):
         new = dict(old)
         for key in rates_of(old):
-            new[key] = float(f'{old[key] * lr_times:.4g}')
+            new[key] = scaled_rate(old[key], lr_times)
         by_epoch = old.get('by_epoch', True)
         if not by_epoch:
             for key in set(SPANS) & set(old):
@@ -255,6 +278,13 @@ def follows(scheduler: Dict[str, Any], warmup: Dict[str, Any]) -> bool:
     """Whether a scheduler begins where the warm-up ends."""
     same_unit = scheduler.get('by_epoch', True) == warmup.get('by_epoch', True)
     return same_unit and bool(scheduler.get('begin', 0) == warmup['end'])
+
+
+def scaled_rate(value: Any, times: float) -> Any:
+    """A learning rate, or a list of them, in proportion to another."""
+    if isinstance(value, (list, tuple)):
+        return [scaled_rate(item, times) for item in value]
+    return rounded(value * times)
 
 
 def scaled(value: Any, batch: Batch) -> Any:

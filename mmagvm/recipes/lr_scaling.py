@@ -34,15 +34,17 @@ class LRRule:
         return linear * math.pow(self.growth, doublings)
 
     def __str__(self) -> str:
-        return (
-            f'{self.base_lr:g} at {self.base_batch_size}, linear up to '
-            f'{self.knee}, then '
-            + (
-                'constant'
-                if self.growth == 1
-                else f'x {self.growth:.3f} per doubling'
-            )
+        return f'{self.base_lr:g} at {self.base_batch_size}, {self.growing}'
+
+    @property
+    def growing(self) -> str:
+        """How it grows, in words."""
+        beyond = (
+            'constant'
+            if self.growth == 1
+            else f'x {self.growth:.3f} per doubling'
         )
+        return f'linear up to {self.knee}, then {beyond}'
 
 
 #: By optimizer and data set (appendix A.5.1, tables 1 to 3).

@@ -15,6 +15,7 @@ from mmagvm.errors import command
 from mmagvm.planning.config_reader import build_model, load, scope_of
 from mmagvm.planning.large_batch import check
 from mmagvm.planning.large_batch_config import (
+    advise_batch,
     advise_clipping,
     advise_norm,
     advise_optimizer,
@@ -78,8 +79,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--out',
         type=Path,
-        help="file to write (default: the original's name with GPUs and "
-        'images, in the current folder)',
+        help="file to write (default: the original's name with GPUs, images "
+        'and options, in the current folder)',
     )
     return parser.parse_args()
 
@@ -105,6 +106,7 @@ def main() -> None:
     for line in (
         *result.reasons,
         *([f'modules: {", ".join(modules)}'] if modules else []),
+        *advise_batch(cfg, batch, args.max_images_per_gpu, args.agvm),
         *advise_optimizer(cfg, batch, args.optimizer, args.agvm, args.shard),
         *(advise_clipping(cfg, result) if args.agvm else []),
         *advise_norm(model, batch),
