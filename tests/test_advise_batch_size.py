@@ -184,8 +184,36 @@ def test_command_finds_noise_scales_and_multipliers(
     mu = float(rows['4,096'][1].split()[0])
     truth = np.sqrt(2 * 400 / (4096 + 800) / (2 * 40 / (4096 + 80)))
     assert mu == pytest.approx(truth, rel=0.2)
-    assert 'neck no longer does' in out
+    assert 'neck has more than half (best estimate ' in out
+    assert 'the run did not apply them' not in out
     assert 'estimator=' not in out and 'undefined' not in out
+
+
+def test_whole_blocks_are_used_and_named(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path, (400, 40), count=97)
+    advise(monkeypatch, tmp_path)
+    out = capsys.readouterr().out
+    # 49 in the second half, of which 40 make 10 blocks of 4
+    assert '40 of 97 logged measurements, iterations 58 to 97' in out
+
+
+@pytest.mark.parametrize(
+    'setting, told',
+    [
+        ('modulate=False', 'the run did not apply them'),
+        ('bound_by_grad_norm=True', 'which the expected ones leave out'),
+    ],
+)
+def test_settings_that_part_a_run_from_the_advice(
+    tmp_path, monkeypatch, capsys, setting, told
+):
+    write_run(tmp_path, (400, 40))
+    (config,) = tmp_path.glob('*/vis_data/config.py')
+    config.write_text(
+        f"optim_wrapper = dict(type='AGVMOptimWrapper', {setting})\n"
+    )
+    advise(monkeypatch, tmp_path)
+    assert f'{setting}' in (out := capsys.readouterr().out) and told in out
 
 
 def test_no_signal_is_undefined_and_unbounded(tmp_path, monkeypatch, capsys):

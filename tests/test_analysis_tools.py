@@ -122,6 +122,31 @@ def test_training_started_over_counts_alone(tmp_path):
     assert len(run.logs) == 1
 
 
+def test_training_started_over_with_a_longer_log_interval(tmp_path):
+    """No line of the first start is overtaken, but its config says so."""
+    for resume in (True, False):
+        work_dir = tmp_path / str(resume)
+        write_run(work_dir, lines_to(30), '20260101_000001')
+        config = f'{AGVM}resume = {resume}\n'
+        lines = lines_to(70, first=50)
+        write_run(work_dir, lines, '20260101_000002', config)
+        run = load_run(work_dir)
+        assert run.series['loss'][0].sum() == 180 + (60 if resume else 0)
+        assert ('started over' in run.notes[0]) is not resume
+
+
+def test_epochs_without_a_line_are_validated_where_the_run_stood(tmp_path):
+    """A resumed start validates before it logs."""
+    write_run(tmp_path, lines_to(200), '20260101_000001')
+    lines = [
+        {'mAP': 0.5, 'step': 11},
+        train_line(250),
+        {'mAP': 0.6, 'step': 13},
+    ]
+    write_run(tmp_path, lines, '20260101_000002')
+    assert load_run(tmp_path).metrics['mAP'][0].tolist() == [200, 250]
+
+
 def test_validation_stands_at_its_iteration(tmp_path):
     lines = lines_to(20) + [{'mAP': 0.25, 'step': 1}] + lines_to(40, first=30)
     lines += [{'mAP': 0.5, 'step': 2}]
@@ -398,6 +423,58 @@ def test_only_settings_that_differ_are_on_top(tmp_path):
 
 
 # -- bad input: one sentence that names it
+
+
+@pytest.mark.parametrize('tool', [report, collect_results])
+def test_what_is_no_run_is_left_out(tool, tmp_path, monkeypatch, capsys):
+    """As in ``work_dirs/*``; but a path that is not there is an error."""
+    write_run(tmp_path / 'run', lines_to(30))
+    (tmp_path / 'benchmarks').mkdir()
+    (tmp_path / 'run.log').write_text('')
+    monkeypatch.chdir(tmp_path)
+    call(tool, monkeypatch, 'benchmarks', 'run', 'run.log')
+    told = capsys.readouterr().err
+    assert 'left out: benchmarks: no training' in told
+    assert 'left out: run.log: no such work dir' in told
+    with pytest.raises(SystemExit, match='nowhere: no such work dir'):
+        call(tool, monkeypatch, 'nowhere', 'run')
+    with pytest.raises(SystemExit, match='in any of these folders'):
+        call(tool, monkeypatch, 'benchmarks', 'run.log')
+
+
+@pytest.mark.parametrize(
+    'tool, option', [(report, '--out'), (collect_results, '--json')]
+)
+def test_output_that_is_a_folder_is_refused(
+    tool, option, tmp_path, monkeypatch, capsys
+):
+    for path, message in (
+        (tmp_path, 'is a folder: name a file in it'),
+        (tmp_path / 'file' / 'page', 'is a file: name a folder for page'),
+    ):
+        (tmp_path / 'file').write_text('')
+        with pytest.raises(SystemExit):
+            call(tool, monkeypatch, 'run', option, path)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('span', [1.3, 3, 8, 60, 1e4])
+def test_every_logarithmic_axis_has_ticks(span, tmp_path):
+    lines = [train_line(10, phi=0.1), train_line(20, phi=0.1)]
+    lines[1]['agvm_variance/neck'] = 0.1 * 1.02
+    lines[0]['agvm_variance/neck'] = 0.1 * span
+    run = load_run(write_run(tmp_path, lines))
+    figure = figures.draw([run], ['ratio'])
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_ylim()
+    labels = [
+        label.get_text()
+        for label, at in zip(
+            figure.axes[0].get_yticklabels(), figure.axes[0].get_yticks()
+        )
+        if low <= at <= high
+    ]
+    assert len([label for label in labels if label]) >= 2
 
 
 @pytest.mark.parametrize('tool', [plot_variance, report, collect_results])

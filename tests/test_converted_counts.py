@@ -24,7 +24,7 @@ def planned(name, batch=480, gpus=32, base=None, file=None):
         gpus=gpus,
         max_images_per_gpu=16,
         base_batch_size=base,
-        images=100_000,
+        images=None if 'max_iters' in cfg.train_cfg else 100_000,
         optimizer=None,
         agvm=True,
     )

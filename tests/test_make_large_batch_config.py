@@ -340,6 +340,10 @@ train_dataloader = dict(dataset=dict(
     )
     _, _, printed = make(own(lines=lines), '--batch-size', 32, '--gpus', 2)
     assert '12 of 120 images, 4 iterations each' in printed
+    _, _, printed = make(
+        *(own(lines=lines), '--batch-size', 32, '--gpus', 2, '--images', 64)
+    )
+    assert '12 of 192 images, 6 iterations each' in printed
 
 
 @pytest.mark.parametrize(

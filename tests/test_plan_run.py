@@ -170,18 +170,51 @@ def test_gradients_are_those_of_trained_parameters():
     cfg = Config.fromfile(QUICKSTART)
     init_default_scope('mmdet')
     model = build_model(cfg)
-    for param in model.backbone.parameters():
+    for param in model.neck.parameters():
         param.requires_grad = False
     trained = sum(
         p.numel()
         for name, p in model.named_parameters()
-        if not name.startswith('backbone')
+        if p.requires_grad and not name.startswith('neck')
     )
     assert run_plan.count_gradients(model, cfg).size == 4 * trained
     cfg.optim_wrapper.comm_hook = 'fp16'
     found = run_plan.count_gradients(model, cfg)
     assert (found.size, found.sent) == (4 * trained, 0.5)
     assert found.modules == 3  # what is frozen is none
+    cfg.optim_wrapper.modules = ['backbone', 'rpn_head']
+    assert run_plan.count_gradients(model, cfg).modules == 3  # and others
+    for param in model.backbone.parameters():
+        param.requires_grad = False
+    with pytest.raises(UsageError, match="'backbone'.* no trainable"):
+        run_plan.count_gradients(model, cfg)
+
+
+def test_measuring_ends_where_it_is_set_to(adamw):
+    plain = train_on(adamw, 8)
+    cfg = Config(adamw.to_dict())
+    cfg.optim_wrapper.end = plain.begin + 100
+    assert train_on(cfg, 8).measured == pytest.approx(10 / plain.updates)
+    assert plain.measured > 0.05
+
+
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (dict(estimator='splt'), "estimator='splt' is not an estimator"),
+        (dict(comm_hook='fp8'), "comm_hook='fp8' is not a way to send"),
+        (None, "strategy.type='FullyShardStrategy': the plan is for data-"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(adamw, settings, message):
+    cfg = Config(adamw.to_dict())
+    run_plan.check_settings(cfg)
+    if settings is None:
+        cfg.strategy = dict(type='FullyShardStrategy')
+    else:
+        cfg.optim_wrapper.update(settings)
+    with pytest.raises(UsageError, match=message):
+        run_plan.check_settings(cfg)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +309,7 @@ def test_profile_trains_the_model(monkeypatch, capsys):
         ),
         (
             [QUICKSTART, *BASIC, '--ms-per-iter', 1, '--batch-size', 63],
-            'write 64 or 64|write 64',
+            'images: write 64$',
         ),
         ([QUICKSTART, *BASIC, '--ms-per-iter', -1], '--ms-per-iter -1.0'),
         (
@@ -286,6 +319,23 @@ def test_profile_trains_the_model(monkeypatch, capsys):
         (
             [QUICKSTART, *BASIC, '--calibrate', '16', '8:4'],
             '--calibrate 16: write GPUS:MINUTES',
+        ),
+        (
+            [QUICKSTART, *BASIC, '--calibrate', '16:nan', '8:4'],
+            '--calibrate 16:nan: write GPUS:MINUTES',
+        ),
+        (
+            [QUICKSTART, *BASIC, '--calibrate', '8:9', '16:5']
+            + ['--latency-us', 5],
+            '--latency-us 5 is what --calibrate computes',
+        ),
+        (
+            [QUICKSTART, *BASIC, '--ms-per-iter', 1, '--repetitions', 3],
+            '--repetitions is for --profile alone',
+        ),
+        (
+            [SEM_FPN, *BASIC, '--ms-per-iter', 1],
+            '--images 4000 has no effect, since the run counts iterations',
         ),
         (
             [QUICKSTART, *BASIC, '--calibrate', '8:8', '8:4'],

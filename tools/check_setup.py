@@ -18,6 +18,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
+from mmagvm.arguments import output_file
 from mmagvm.checks.checklist import checklist
 from mmagvm.checks.environment import versions
 from mmagvm.checks.ranks import Ranks
@@ -43,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--out',
-        type=Path,
+        type=output_file,
         help='JSON file for a bug report (default: check_setup.json in the '
         'work dir)',
     )

@@ -21,6 +21,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import (  # noqa: E402
     LogLocator,
+    MaxNLocator,
     NullFormatter,
     StrMethodFormatter,
 )
@@ -290,7 +291,10 @@ def _draw_panel(
         axis.set_yscale('log')
         low, high = limits
         subs = (1.0, 2.0, 5.0) if high / low < 100 else (1.0,)
-        axis.yaxis.set_major_locator(LogLocator(subs=subs))
+        axis.yaxis.set_major_locator(
+            # two of these may be further apart than the limits
+            MaxNLocator(4) if high / low < 5 else LogLocator(subs=subs)
+        )
         axis.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
         axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_ylim(limits)

@@ -132,14 +132,16 @@ def load_run(work_dir: Path) -> Run:
     val_lines: List[Dict[str, Any]] = []
     kept: List[Tuple[Path, int]] = []
     for start, train, val in pieces:
-        first = train[0]['step']
+        first = 0 if _starts_over(start) else train[0]['step']
         train_lines = [line for line in train_lines if line['step'] < first]
         val_lines = [line for line in val_lines if line['step'] < first]
         if not train_lines:
             kept = []
-        kept.append((start, first))
+        # before the first line of training, epochs may still be counted
+        before = train_lines[-1]['step'] if train_lines else 0
+        kept.append((start, train[0]['step']))
         train_lines += train
-        val_lines += val
+        val_lines += [dict(v, step=max(v['step'], before)) for v in val]
     if len(kept) > 1:
         joints = ', '.join(str(first) for _, first in kept[1:])
         run.notes.append(f'resumed; its pieces join at iteration {joints}')
@@ -170,8 +172,10 @@ def load_run(work_dir: Path) -> Run:
 def load_runs(work_dirs: Sequence[Path]) -> List[Run]:
     """Read runs for a command line, with names that differ.
 
+    What ``work_dirs/*`` finds besides runs is left out, with a line.
+
     Raises:
-        UsageError: One cannot be read.
+        UsageError: There is no such path, or none of them has a run.
     """
     runs = []
     for i, work_dir in enumerate(work_dirs):
@@ -180,7 +184,11 @@ def load_runs(work_dirs: Sequence[Path]) -> List[Run]:
         try:
             runs.append(load_run(work_dir))
         except ValueError as error:
-            raise UsageError(str(error)) from None
+            if len(work_dirs) == 1 or not work_dir.exists():
+                raise UsageError(str(error)) from None
+            print(f'left out: {error}', file=sys.stderr)
+    if not runs:
+        raise UsageError('no training was logged in any of these folders')
     parts = [run.work_dir.resolve().parts for run in runs]
     depth = 1
     while len({p[-depth:] for p in parts}) < len(set(parts)):
@@ -228,6 +236,13 @@ def _read_lines(
             before = train[-1]['step'] if train else 0
             val.append({**line, 'step': max(step, before)})
     return train, val
+
+
+def _starts_over(start: Path) -> bool:
+    """Whether a start says that it resumes nothing."""
+    file = start / 'vis_data' / 'config.py'
+    text = file.read_text(errors='replace') if file.is_file() else ''
+    return bool(re.search(r'^resume = False$', text, re.MULTILINE))
 
 
 def _by_tag(lines: List[Dict[str, Any]]) -> Dict[str, Series]:

@@ -113,6 +113,9 @@ def read_measured(run: Run, batch_size: int, begin: Optional[int]) -> Measured:
             '(default_hooks.logger.interval), or use more of them with --begin'
         )
 
+    # as many as blocks of the same length have
+    used[np.flatnonzero(used)[: count % BLOCKS]] = False
+
     def values(quantity: str, module: str) -> np.ndarray:
         at, found = run.by_module(quantity).get(module, (steps[:0],) * 2)
         return found[np.isin(at, steps[used])]
@@ -234,6 +237,8 @@ def advise(
     eps: float,
     ratio_range: Tuple[float, float],
     batches: Sequence[int],
+    modulated: bool = True,
+    bounded: bool = False,
 ) -> str:
     """The whole advice, as text.
 
@@ -243,6 +248,8 @@ def advise(
         eps: As AGVM's.
         ratio_range: As AGVM's.
         batches: At which mu is predicted; the run's own is added.
+        modulated: Whether the run applied its multipliers.
+        bounded: Whether it has ``bound_by_grad_norm``.
     """
     old = measured.batch_size
     cosines = measured.cosines
@@ -318,28 +325,35 @@ def advise(
         'scatter, so the average of a root of a ratio is larger than the '
         'root of a ratio of averages, and the moving average lags',
     ]
+    if not modulated:
+        lines.append('modulate=False: the run did not apply them')
+    if bounded:
+        lines.append(
+            'bound_by_grad_norm=True lowers those of the run, which the '
+            'expected ones leave out'
+        )
     return '\n'.join(lines)
 
 
 def whole_model(
     measured: Measured, cosine: np.ndarray, draws: np.ndarray
 ) -> str:
-    """Up to which batch sizes all modules gain, and the last of them."""
+    """Up to which batch sizes modules have less than half of the gain."""
     old = measured.batch_size
     # the largest cosine has the smallest noise scale
     first, last = int(cosine.argmax()), int(cosine.argmin())
     low, high = map(float, interval(noise_scale(draws.max(1), old)))
     text = (
-        f'Whole model: up to a batch of {number(low)} every module gains from '
-        'more images'
+        f'Whole model: up to a batch of {number(low)}, every module has less '
+        'than half of the gain of a step with all images, so more images pay'
     )
     if not np.isfinite(high):
-        return text + '; the run is too short for an upper limit'
+        return text + '. The run is too short for an upper limit'
     end = float(noise_scale(cosine[last], old))
     most = f'{number(end)} images' if np.isfinite(end) else 'any batch'
     return (
-        f'{text}, beyond {number(high)} '
-        f'{measured.modules[first]} no longer does (best estimate '
-        f'{number(float(noise_scale(cosine[first], old)))}); '
-        f'{measured.modules[last]} keeps gaining up to {most}'
+        f'{text}. Beyond {number(high)}, {measured.modules[first]} has more '
+        'than half (best estimate '
+        f'{number(float(noise_scale(cosine[first], old)))}). '
+        f'{measured.modules[last]} has less than half up to {most}'
     )

@@ -153,13 +153,39 @@ def innermost(dataset: Dict[str, Any]) -> Dict[str, Any]:
     return dataset
 
 
-def count_images(dataset: Dict[str, Any]) -> int:
-    """Images in a training set, known or counted."""
+def training_images(cfg: Config, given: Optional[int]) -> int:
+    """Images of an epoch, with repetitions; 0 where iterations are counted.
+
+    Args:
+        cfg: The config.
+        given: Images of the training set, if the user says.
+    """
+    if not is_iteration_based(cfg.train_cfg):
+        return count_images(cfg.train_dataloader.dataset, given)
+    if given:
+        refuse(
+            f'--images {given} has no effect, since the run counts '
+            'iterations: leave it out'
+        )
+    return 0
+
+
+def count_images(dataset: Dict[str, Any], given: Optional[int] = None) -> int:
+    """Images in a training set, with repetitions.
+
+    Args:
+        dataset: Its config.
+        given: How many it has without repetitions; None to look them up or
+            count them.
+    """
     kind = type_name(dataset.get('type'))
     if kind == 'RepeatDataset':
-        return int(dataset['times']) * count_images(dataset['dataset'])
+        once = count_images(dataset['dataset'], given)
+        return int(dataset['times']) * once
     if kind == 'MultiImageMixDataset':
-        return count_images(dataset['dataset'])
+        return count_images(dataset['dataset'], given)
+    if given:
+        return given
     path = dataset.get('ann_file') or (dataset.get('data_prefix') or {}).get(
         'img_path', ''
     )

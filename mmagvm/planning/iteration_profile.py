@@ -1,11 +1,13 @@
 """The time of a training iteration on this machine, without its data."""
 
+import os
 import statistics
 import time
 from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 
@@ -127,6 +129,13 @@ def profile(
         f'profile on {device}: {images} images of {size[0]} x {size[1]}',
         flush=True,
     )
+    if device == 'cpu':
+        print(
+            f'  {torch.get_num_threads()} threads (OMP_NUM_THREADS), load '
+            f'average {os.getloadavg()[0]:.1f}: on a busy machine, or with '
+            'ranks that share its cores, the time is another',
+            flush=True,
+        )
     kind = type_name(cfg.optim_wrapper.get('type'))
     amp = 'Amp' in kind and device == 'cuda'
     optimizer = dict(cfg.optim_wrapper.optimizer, lr=1e-9)
@@ -143,7 +152,9 @@ def profile(
             ),
         )
         data = make_data(cfg, images, size)
+        hub = MessageHub.get_current_instance()
         for number in range(WARM_UP + repetitions):
+            hub.update_info('iter', number)  # some models read it
             start = time.perf_counter()
             model.train_step(data, optim_wrapper=wrapper)
             if device == 'cuda':

@@ -47,7 +47,7 @@ def plan_training(
     batch: Batch,
     wanted: Optional[str],
     dataset: str,
-    images: Optional[int],
+    images: int,
     agvm: bool = True,
 ) -> Tuple[int, float]:
     """Plan optimizer, schedule and AGVM.
@@ -58,7 +58,7 @@ def plan_training(
         batch: The new batch.
         wanted: An optimizer to change to.
         dataset: Type of the data set, which chooses the learning-rate rule.
-        images: In the training set; None to count them.
+        images: Of an epoch; unused where iterations are counted.
         agvm: Whether AGVM trains.
 
     Returns:

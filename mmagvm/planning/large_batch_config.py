@@ -31,6 +31,7 @@ from mmagvm.planning.config_reader import (
     find_base_batch_size,
     innermost,
     one_line,
+    training_images,
 )
 from mmagvm.planning.large_batch import plan_training
 from mmagvm.planning.plan import Plan
@@ -77,8 +78,9 @@ def plan(cfg: Config, args: argparse.Namespace) -> Tuple[Plan, Batch]:
         f'images x {batch.accumulation} accumulated micro-batches'
     )
     dataset = type_name(innermost(cfg.train_dataloader.dataset).get('type'))
+    images = training_images(cfg, args.images)
     plan_training(
-        result, cfg, batch, args.optimizer, dataset, args.images, args.agvm
+        result, cfg, batch, args.optimizer, dataset, images, args.agvm
     )
     return result, batch
 

@@ -75,7 +75,8 @@ class ModuleReader:
                 self._known[key] = _modules_of(cfg, modules, anchor)
             return self._known[key]
         except UsageError as error:
-            return ModelModules(problem=str(error), built=False)
+            problem = str(error).removeprefix(f'{name}: ')
+            return ModelModules(problem=problem, built=False)
 
 
 def package_configs(package: str) -> Path:

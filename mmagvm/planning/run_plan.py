@@ -1,7 +1,7 @@
 """Plans a training with AGVM: length, learning rate, warm-up and time."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Callable, Optional, Sequence, Tuple
 
 import numpy as np
@@ -9,7 +9,13 @@ from mmengine.config import Config
 from torch import nn
 
 from mmagvm.analysis.markdown import table
-from mmagvm.core.modules import find_modules
+from mmagvm.core import Settings
+from mmagvm.core.modules import (
+    BACKBONE,
+    find_anchor,
+    module_groups,
+    refuse_single_module,
+)
 from mmagvm.engine.config_types import type_name
 from mmagvm.errors import refuse
 from mmagvm.planning import large_batch as large_batch_plan
@@ -42,6 +48,7 @@ class Training:
         warmup: Its length, in updates.
         interval: Updates between two measurements.
         begin: The first measured update.
+        end: Measuring stops before this update; None for never.
     """
 
     batch: Batch
@@ -50,24 +57,26 @@ class Training:
     warmup: int
     interval: int
     begin: int
+    end: Optional[int] = None
 
     @property
     def measured(self) -> float:
         """Part of the updates that AGVM measures."""
-        return len(range(self.begin, self.updates, self.interval)) / max(
+        end = min(self.updates, self.end or self.updates)
+        return len(range(self.begin, end, self.interval)) / max(
             1, self.updates
         )
 
 
 def plan_training(
-    cfg: Config, batch: Batch, images: Optional[int], dataset: str
+    cfg: Config, batch: Batch, images: int, dataset: str
 ) -> Training:
     """Length, learning rate, warm-up and AGVM's settings for a batch.
 
     Args:
         cfg: The original.
         batch: The batch.
-        images: In the training set; unused where iterations are counted.
+        images: Of an epoch; unused where iterations are counted.
         dataset: 'CocoDataset' or 'ADE20KDataset', for the learning-rate rule.
     """
     result = Plan()
@@ -82,6 +91,7 @@ def plan_training(
         warmup,
         wrapper['interval'],
         wrapper['begin'],
+        cfg.optim_wrapper.get('end'),
     )
 
 
@@ -101,11 +111,39 @@ def find_dataset(cfg: Config, rule: Optional[str]) -> str:
     )
 
 
+def check_settings(cfg: Config) -> None:
+    """Refuse settings that AGVM refuses, and what this plan does not know."""
+    wrapper = cfg.optim_wrapper
+    names = [field.name for field in fields(Settings)]
+    try:
+        Settings(**{name: wrapper[name] for name in names if name in wrapper})
+    except ValueError as error:
+        refuse(str(error))
+    strategy = type_name((cfg.get('strategy') or {}).get('type'))
+    if strategy:
+        refuse(
+            f'strategy.type={strategy!r}: the plan is for data-parallel '
+            'training, in which GPUs exchange gradients only: remove strategy '
+            'and runner_type to plan that'
+        )
+
+
 def count_gradients(model: nn.Module, cfg: Config) -> Gradients:
-    """What a model sends, from its trainable parameters."""
+    """What a model sends, from its trainable parameters.
+
+    Raises:
+        UsageError: AGVM cannot train the model.
+    """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    halved = cfg.optim_wrapper.get('comm_hook') in ('fp16', 'bf16')
-    modules = cfg.optim_wrapper.get('modules') or find_modules(model)
+    wrapper = cfg.optim_wrapper
+    halved = wrapper.get('comm_hook') in ('fp16', 'bf16')
+    try:
+        groups = module_groups(model, wrapper.get('modules'))
+        modules = dict.fromkeys(g['module'] for g in groups if g['module'])
+        find_anchor([*modules], wrapper.get('anchor') or BACKBONE)
+        refuse_single_module([*modules])
+    except ValueError as error:
+        refuse(str(error))
     return Gradients(4 * trained, len(modules), 0.5 if halved else 1.0)
 
 

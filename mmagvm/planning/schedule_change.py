@@ -7,11 +7,7 @@ from mmengine.config import Config
 
 from mmagvm.engine.config_types import type_name
 from mmagvm.planning.batch import Batch
-from mmagvm.planning.config_reader import (
-    count_images,
-    is_iteration_based,
-    plain,
-)
+from mmagvm.planning.config_reader import is_iteration_based, plain
 from mmagvm.planning.plan import Plan, rounded
 from mmagvm.recipes.lr_scaling import RECIPES, Recipe, at
 
@@ -43,7 +39,7 @@ def plan_schedule(
     cfg: Config,
     batch: Batch,
     recipe: Recipe,
-    images: Optional[int],
+    images: int,
 ) -> Tuple[int, float]:
     """Plan length, intervals and schedulers.
 
@@ -62,7 +58,6 @@ def plan_schedule(
         epoch = None
         why = "as the paper's Semantic FPN, since the run counts iterations"
     else:
-        images = images or count_images(cfg.train_dataloader.dataset)
         iterations = math.ceil(images / (batch.gpus * batch.images_per_gpu))
         epoch = iterations / batch.accumulation
         total = cfg.train_cfg.max_epochs * epoch

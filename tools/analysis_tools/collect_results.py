@@ -7,6 +7,7 @@ from pathlib import Path
 from mmagvm.analysis.results import markdown, result
 from mmagvm.analysis.run_log import load_runs
 from mmagvm.analysis.run_summary import main_metrics
+from mmagvm.arguments import output_file
 from mmagvm.errors import command
 from mmagvm.strict_json import to_json
 
@@ -16,7 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('work_dir', type=Path, nargs='+')
     parser.add_argument(
-        '--json', type=Path, help='also write the rows to this file'
+        '--json', type=output_file, help='also write the rows to this file'
     )
     args = parser.parse_args()
     runs = load_runs(args.work_dir)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mmagvm.analysis.report import page
 from mmagvm.analysis.run_log import load_runs
+from mmagvm.arguments import output_file
 from mmagvm.errors import command
 
 
@@ -19,7 +20,7 @@ def main() -> None:
     parser.add_argument('work_dir', type=Path, nargs='+')
     parser.add_argument(
         '--out',
-        type=Path,
+        type=output_file,
         default=Path('report.html'),
         help='page to write (default: report.html)',
     )

@@ -72,6 +72,8 @@ def main() -> None:
             float(run.setting('eps', 1e-6)),
             (low, high),
             args.at or [batch * factor for factor in (2, 4, 8, 16, 32, 64)],
+            bool(run.setting('modulate', True)),
+            bool(run.setting('bound_by_grad_norm', False)),
         )
     )
 

@@ -14,6 +14,7 @@ from typing import Dict, List, Tuple
 
 from mmengine.logging import MMLogger
 
+from mmagvm.arguments import output_file
 from mmagvm.errors import command, refuse
 from mmagvm.planning.model_modules import (
     ModelModules,
@@ -37,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--out',
-        type=Path,
+        type=output_file,
         help='file of JSON lines, one for each config, written as soon as it '
         'is known; configs that are already in it are not built again',
     )
@@ -84,6 +85,8 @@ def main() -> None:
     MMLogger.get_instance('mmengine', log_level='ERROR')
     out = args.out and args.out.resolve()
     known = read_known(out) if out and out.exists() else {}
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
     reader = ModuleReader()
     found: List[ModelModules] = []
     for name, shown in files_of(args):
@@ -101,6 +104,8 @@ def main() -> None:
         f'{len(found) - good - unbuilt} cannot, {unbuilt} have no model that '
         'can be built here'
     )
+    if unbuilt == len(found):
+        raise SystemExit(1)
 
 
 if __name__ == '__main__':

@@ -6,11 +6,11 @@ Then loads and builds it as a check, and reports what changed and why.
 
 import argparse
 import warnings
-from pathlib import Path
 
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
+from mmagvm.arguments import output_file
 from mmagvm.errors import command
 from mmagvm.planning.config_reader import build_model, load, scope_of
 from mmagvm.planning.large_batch import check
@@ -73,12 +73,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--images',
         type=int,
-        help='images in the training set (default: known for COCO and '
-        'ADE20K, else counted)',
+        help='images in the training set, without repetitions (default: '
+        'known for COCO, else counted)',
     )
     parser.add_argument(
         '--out',
-        type=Path,
+        type=output_file,
         help="file to write (default: the original's name with GPUs, images "
         'and options, in the current folder)',
     )

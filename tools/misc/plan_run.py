@@ -13,11 +13,10 @@ from mmagvm.errors import command, refuse
 from mmagvm.planning.batch import Batch
 from mmagvm.planning.config_reader import (
     build_model,
-    count_images,
     find_base_batch_size,
-    is_iteration_based,
     load,
     scope_of,
+    training_images,
 )
 from mmagvm.planning.iteration_profile import image_size, profile
 from mmagvm.planning.large_batch import check
@@ -25,12 +24,16 @@ from mmagvm.planning.run_plan import (
     GPUS,
     Training,
     calibrate,
+    check_settings,
     count_gradients,
     find_dataset,
     plan_training,
     report,
 )
 from mmagvm.planning.time_model import Cluster, Update, update_seconds
+
+#: Microseconds of a step of the ring, and timed iterations, by default.
+LATENCY, REPETITIONS = 5.0, 5
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,8 +83,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--latency-us',
         type=float,
-        default=5,
-        help='latency of one step of the ring (default: 5)',
+        help='latency of one step of the ring (default: 5, or what '
+        '--calibrate finds)',
     )
     parser.add_argument(
         '--overlap',
@@ -106,7 +109,9 @@ def parse_args() -> argparse.Namespace:
         'make_large_batch_config finds it)',
     )
     parser.add_argument(
-        '--images', type=int, help='images in the training set'
+        '--images',
+        type=int,
+        help='images in the training set, without repetitions',
     )
     parser.add_argument(
         '--rule',
@@ -124,7 +129,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--repetitions',
         type=int,
-        default=5,
         help='timed iterations of --profile (default: 5)',
     )
     return parser.parse_args()
@@ -146,7 +150,21 @@ def check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             refuse(f'--{name.replace("_", "-")} {value}: write more than 0')
-    if not 0 <= args.latency_us < math.inf:
+    for name, needs in (
+        ('image_size', 'profile'),
+        ('repetitions', 'profile'),
+    ):
+        if getattr(args, name) is not None and not getattr(args, needs):
+            refuse(
+                f'--{name.replace("_", "-")} is for --{needs} alone: leave it '
+                'out'
+            )
+    if args.latency_us is not None and args.calibrate:
+        refuse(
+            f'--latency-us {args.latency_us:g} is what --calibrate computes: '
+            'leave it out'
+        )
+    if not 0 <= (args.latency_us or 0) < math.inf:
         refuse(f'--latency-us {args.latency_us}: write 0 or more')
     if not 0 <= args.overlap <= 1:
         refuse(f'--overlap {args.overlap}: write a number from 0 to 1')
@@ -162,8 +180,9 @@ def find_accumulation(args: argparse.Namespace) -> int:
         below = size // once * once
         refuse(
             f'--batch-size {size} is not a multiple of {args.gpus} GPUs x '
-            f'{args.images_per_gpu} images: write {below or once} or '
-            f'{below + once}'
+            f'{args.images_per_gpu} images: write '
+            + (f'{below} or ' if below else '')
+            + f'{below + once}'
         )
     if args.gpus == 1 and size == once:
         refuse(
@@ -180,7 +199,7 @@ def read_times(texts: Sequence[str]) -> List[Tuple[int, float]]:
         try:
             gpus, minutes = text.split(':')
             times.append((int(gpus), 60 * float(minutes)))
-            if min(times[-1]) <= 0:
+            if not all(0 < value < math.inf for value in times[-1]):
                 raise ValueError
         except ValueError:
             refuse(f'--calibrate {text}: write GPUS:MINUTES, such as 8:93.5')
@@ -197,12 +216,11 @@ def main() -> None:
     MMLogger.get_instance('mmengine', log_level='ERROR')
     cfg = load(args.config)
     check(cfg)
+    check_settings(cfg)
     init_default_scope(scope_of(cfg))
     dataset = find_dataset(cfg, args.rule)
     base = args.base_batch_size or find_base_batch_size(args.config, cfg)[0]
-    images = args.images
-    if not is_iteration_based(cfg.train_cfg):
-        images = images or count_images(cfg.train_dataloader.dataset)
+    images = training_images(cfg, args.images)
     model = build_model(cfg)
     gradients = count_gradients(model, cfg)
     estimator = args.estimator or cfg.optim_wrapper.get('estimator', 'pairs')
@@ -231,15 +249,14 @@ def main() -> None:
     cluster = Cluster(
         (args.ms_per_iter or 0) / 1e3,
         args.bandwidth_gbps * 1e9 / 8,
-        args.latency_us / 1e6,
+        (LATENCY if args.latency_us is None else args.latency_us) / 1e6,
         args.overlap,
     )
     source = 'as given'
     if args.profile:
         size = tuple(args.image_size or image_size(cfg))
-        seconds = profile(
-            cfg, model, args.images_per_gpu, size, args.repetitions
-        )
+        repetitions = args.repetitions or REPETITIONS
+        seconds = profile(cfg, model, args.images_per_gpu, size, repetitions)
         cluster = replace(cluster, compute=seconds)
         source = 'measured here, on noise, without data loading'
     elif times:
