@@ -18,7 +18,7 @@ This trains a small Faster R-CNN with AGVM on images of digits. On 2 CPU cores:
   3. train on two processes           1 to 2 min
   4. evaluate                         10 s
   5. draw figures                     5 s
-What is done already is not repeated. Details go to $LOG.
+An existing installation and data set are kept. Details go to $LOG.
 END
 mkdir -p work_dirs
 : > $LOG

@@ -48,7 +48,7 @@ else:
     class LARS(pytorch_optimizer.LARS):
         """Layer-wise adaptive rate scaling (You et al., 2017).
 
-        For each weight w with gradient g
+        For each weight w with gradient g::
 
             ratio = trust_coefficient |w| / (|g| + weight_decay |w|)
             m <- momentum m + ratio (g + weight_decay w);  w <- w - lr m
@@ -70,7 +70,7 @@ else:
     class LAMB(pytorch_optimizer.Lamb):
         """Adam with a trust ratio for each weight (You et al., ICLR 2020).
 
-        For each weight w with Adam's moments m and v of its gradient
+        For each weight w with Adam's moments m and v of its gradient::
 
             r = m / (sqrt(v) + eps) + weight_decay w
             w <- w - lr min(|w|, 10) / |r| r
@@ -80,7 +80,7 @@ else:
         measures Alg. 2's modified gradients.
 
         All parameters are adapted. With the option ``adam=True`` biases and
-        norm layers step as with Adam, for instance
+        norm layers step as with Adam, for instance::
 
             paramwise_cfg=dict(custom_keys={
                 'bias': dict(adam=True, decay_mult=0.0),
