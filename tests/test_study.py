@@ -414,8 +414,10 @@ def test_longer_trainings_are_beside_the_usual_one():
 
 def test_rates_are_shown_with_those_that_are_as_good():
     done = results({1.0: 0.5, 2.0: 0.505, 4.0: 0.49})
-    text = rates_table(study(grid_moves=0), done, 'm')
-    assert rows_of(text)[-1] == '| sgd | 2 (1 to 2) |'
+    for metric, shown in (('coco/bbox_mAP', '1 to 2'), ('mIoU', '1 to 4')):
+        models = dict(m=dict(metric=metric))
+        text = rates_table(study(grid_moves=0, models=models), done, 'm')
+        assert rows_of(text)[-1] == f'| sgd | 2 ({shown}) |'
 
 
 @pytest.fixture(scope='module')

@@ -31,7 +31,7 @@ from study.study_results import (
     with_and_without,
 )
 
-#: Of the metric on tuning images, what is no difference to the best rate.
+#: Of AP on tuning images, what is no difference to the best rate.
 FLAT = 0.01
 
 
@@ -366,6 +366,8 @@ def lengths_table(study: Mapping[str, Any], done: Done) -> str:
 def rates_table(study: Mapping[str, Any], done: Done, model: str) -> str:
     """The best rate by method and batch size, and how flat it is there."""
     sizes = sorted({c.batch_size for c in cells_of(study, done)})
+    in_percent = study['models'][model]['metric'] == 'mIoU'
+    flat = 100 * FLAT if in_percent else FLAT
     rows = []
     for method in study['methods']:
         row = [method]
@@ -384,7 +386,7 @@ def rates_table(study: Mapping[str, Any], done: Done, model: str) -> str:
             near = [
                 rate
                 for rate, metric in metrics.items()
-                if metric > max(metrics.values()) - FLAT
+                if metric > max(metrics.values()) - flat
             ]
             row.append(f'{best:g} ({min(near):g} to {max(near):g})')
         if any(text != '-' for text in row[1:]):
