@@ -235,8 +235,7 @@ def advise_optimizer(
         f"a batch of {batch.size} is large. In this project's study of small "
         f'detectors, {BEST} loses the least AP from batch {LARGE} on (docs/'
         f'evidence.md; not run on COCO). To use it, add --optimizer {BEST}'
-        + f' {without}'
-        * agvm
+        + (f' {without}' if agvm else '')
     ]
 
 
