@@ -517,6 +517,23 @@ def test_rules_for_users_follow_from_the_results(name):
         assert metrics[nearest] > max(metrics.values()) - 0.02
 
 
+@pytest.mark.parametrize('name', STUDY_RULES)
+@pytest.mark.parametrize('model', ['retinanet', 'mask_rcnn'])
+def test_rules_for_users_hold_for_other_detectors(name, model):
+    """Which were not tried at each of these rates."""
+    done = by_run(DECLARED, run_study.read_results(ROOT / RESULTS))
+    for size in (32, 256):
+        cell = Cell(model, name.lower(), size)
+        metrics = {
+            rate: done[Run(cell, rate, 0)]['metrics']['tune']
+            for rate in tuning_rates(DECLARED, cell, done)
+        }
+        rule = STUDY_RULES[name](size) * TO_STUDY
+        nearest = min(metrics, key=lambda rate: abs(math.log(rate / rule)))
+        assert nearest == pytest.approx(rule, rel=0.42)
+        assert metrics[nearest] > max(metrics.values()) - 0.02
+
+
 class Start(Hook):
     """Keeps the weights that a training starts from."""
 

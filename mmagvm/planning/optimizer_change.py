@@ -37,7 +37,8 @@ OPTIONS: Dict[str, Tuple[str, Dict[str, Any]]] = {
 #: Source of the rates of SOAP and Muon.
 BY_STUDY = (
     "this project's rule, by its study of small detectors; not in the paper, "
-    'not tested on COCO: also try half and twice this rate'
+    'not tested on COCO: also try half and twice this rate, for a segmenter '
+    'up to 8 times'
 )
 #: Of LAMB and PMD-LAMB: a guess, the same as in the recipes.
 LAMB_RULE = RECIPES['faster_rcnn/lamb'].rule
