@@ -178,6 +178,14 @@ def list_modules(monkeypatch, capsys, tmp_path):
     DefaultScope._instance_dict.clear()
 
 
+def test_config_that_is_not_there_is_named_once(list_modules, capsys):
+    with pytest.raises(SystemExit) as error:
+        list_modules('nowhere.py')
+    assert error.value.code == 1
+    line, _ = capsys.readouterr().out.splitlines()
+    assert line == 'nowhere.py: no such config file'
+
+
 def test_modules_inside_of_real_models_are_listed(list_modules, tmp_path):
     """A student with its teacher, a detector of a tracker, two encoders."""
     names = [

@@ -74,7 +74,7 @@ def parse_args() -> argparse.Namespace:
         '--images',
         type=int,
         help='images in the training set, without repetitions (default: '
-        'known for COCO, else counted)',
+        'known for COCO and ADE20K, else counted)',
     )
     parser.add_argument(
         '--out',

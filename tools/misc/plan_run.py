@@ -150,13 +150,10 @@ def check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             refuse(f'--{name.replace("_", "-")} {value}: write more than 0')
-    for name, needs in (
-        ('image_size', 'profile'),
-        ('repetitions', 'profile'),
-    ):
-        if getattr(args, name) is not None and not getattr(args, needs):
+    for name in ('image_size', 'repetitions'):
+        if getattr(args, name) is not None and not args.profile:
             refuse(
-                f'--{name.replace("_", "-")} is for --{needs} alone: leave it '
+                f'--{name.replace("_", "-")} is for --profile alone: leave it '
                 'out'
             )
     if args.latency_us is not None and args.calibrate:
