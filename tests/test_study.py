@@ -73,6 +73,7 @@ def study(**changes):
         dict(
             grid_moves=2,
             grid_refinement=(),
+            model_rates={},
             tune_seed=0,
             data=dict(images=8),
             pretraining={},
@@ -145,6 +146,15 @@ def test_grid_is_refined_around_its_best():
     assert best_rate(refined, CELL, done) == 1.5
 
 
+def test_a_model_may_have_a_grid_of_its_own():
+    own = study(model_rates=dict(m=dict(sgd=[8.0, 16.0])))
+    assert tuning_rates(own, CELL, {}) == [8.0, 16.0]
+    other = study(model_rates=dict(m=dict(adamw=[8.0]), n=dict(sgd=[8.0])))
+    assert tuning_rates(other, CELL, {}) == [1.0, 2.0, 4.0]
+    # and what is done at other rates is not lost
+    assert by_run(own, results({1.0: 0.1}).values())
+
+
 def test_seeds_wait_for_the_tuned_rate():
     runs = list(plan(study(), {}))
     assert [run.lr for run in runs] == [1.0, 2.0, 4.0, None, None]
@@ -170,6 +180,7 @@ def test_failed_runs_are_repeated():
     'changes, kept',
     [
         (dict(grid_moves=0), True),
+        (dict(model_rates=dict(m=dict(sgd=[8.0]))), True),
         (dict(methods=dict(sgd=dict(rates=[8.0], modulate=False))), True),
         (dict(methods=dict(sgd=dict(rates=[1.0], modulate=True))), False),
         (dict(methods=dict(adamw=dict(rates=[1.0]))), False),
