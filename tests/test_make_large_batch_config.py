@@ -390,6 +390,7 @@ def test_optimizer_without_agvm(make, own, tmp_path):
     assert wrapper.optimizer.type == 'SOAP'
     assert tuple(wrapper.optimizer.betas) == (0.8, 0.95)
     assert 'SOAP: betas (0.8, 0.95), weight_decay 0.0001 -> 0.05' in output
+    assert 'half and twice this rate, for a segmenter up to 8' in output
     assert 'adds nothing' not in output
     assert [hook['type'] for hook in cfg.custom_hooks] == ['EMAHook']
     assert cfg.custom_hooks[0].momentum > 0.001
@@ -426,7 +427,8 @@ def test_soap_takes_the_originals_rate_for_what_it_is_to_adamw(make, own):
     # at 16 the paper's rule for AdamW has 1e-4
     assert cfg.optim_wrapper.optimizer.lr == pytest.approx(2 * 8e-4, 2e-3)
     assert 'times 2, as its 0.0002 at 16 is to the 0.0001' in printed
-    assert 'not tested on COCO' in printed
+    assert 'half and twice this rate' in printed
+    assert 'segmenter' not in printed  # its own AdamW's rate is followed
     assert cfg.optim_wrapper.optimizer.weight_decay == 0.01
     assert ', weight_decay 0.01 as in the original' in printed
     assert 'AGVM adds nothing to SOAP' in printed

@@ -37,8 +37,7 @@ OPTIONS: Dict[str, Tuple[str, Dict[str, Any]]] = {
 #: Source of the rates of SOAP and Muon.
 BY_STUDY = (
     "this project's rule, by its study of small detectors; not in the paper, "
-    'not tested on COCO: also try half and twice this rate, for a segmenter '
-    'up to 8 times'
+    'not tested on COCO: also try half and twice this rate'
 )
 #: Of LAMB and PMD-LAMB: a guess, the same as in the recipes.
 LAMB_RULE = RECIPES['faster_rcnn/lamb'].rule
@@ -119,6 +118,9 @@ def another_optimizer(
             f"the {usual(batch.base):.3g} of the paper's rule for COCO; "
             f'{known}'
         )
+    elif name in STUDY_RULES:
+        # where AdamW's own best rate is higher too, but is not known here
+        known += ', for a segmenter up to 8 times'
     return dict(_delete_=True, type=name, lr=rounded(lr), **options), (
         f'{replaced} -> {name} with learning rate {rounded(lr):g}: {rule} '
         f'({known})'
