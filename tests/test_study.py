@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -508,9 +510,9 @@ DECLARED = Config.fromfile(STUDY)
 TO_STUDY = 2.83e-3 / 2e-4
 
 
-def at_rule(cell, rule, done):
+def at_rule(cell, rule, done, times=1.0):
     """The tried rate nearest to a rule's, over it, and what it loses."""
-    rate = STUDY_RULES[rule](cell.batch_size) * TO_STUDY
+    rate = STUDY_RULES[rule](cell.batch_size) * TO_STUDY * times
     metrics = {
         tried: done[Run(cell, tried, 0)]['metrics']['tune']
         for tried in tuning_rates(DECLARED, cell, done)
@@ -537,6 +539,15 @@ def test_rules_for_users_follow_from_the_results(name):
             cell = Cell(model, name.lower(), size)
             ratio, lost = at_rule(cell, name, done)
             assert 0.7 < ratio < 1.42 and lost < 0.02
+    # and as multiples of the best rate that AdamW has with each model
+    usual = best_rate(DECLARED, at_32, done)
+    for model in ('retinanet', 'mask_rcnn', 'sem_fpn'):
+        own = best_rate(DECLARED, replace(at_32, model=model), done)
+        for size in (32, 256):
+            cell = Cell(model, name.lower(), size)
+            ratio, lost = at_rule(cell, name, done, own / usual)
+            assert 0.7 < ratio < 1.42
+            assert lost < (1.0 if model == 'sem_fpn' else 0.03)
 
 
 class Start(Hook):
@@ -633,6 +644,16 @@ def test_results_are_summarized(tiny):
     assert text.count('| agvm_sgd') == 7
     assert 'not run' not in text
     assert figure.stat().st_size > 10000
+
+
+def test_page_quotes_the_tables():
+    page, tables = (
+        (ROOT / 'docs' / name).read_text()
+        for name in ('evidence.md', 'evidence_tables.md')
+    )
+    quoted = set(re.findall(r'\b0\.\d{3}\b', page))
+    assert len(quoted) > 20
+    assert {number for number in quoted if number not in tables} == set()
 
 
 def test_clipped_updates_are_counted():

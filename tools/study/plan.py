@@ -112,9 +112,9 @@ def tuning_rates(
 ) -> List[float]:
     """The rates to try for a cell, given what was found so far.
 
-    The grid of its method, or the model's own; while the best is the lowest or the highest of all
-    tried, the next one beyond, at most ``grid_moves`` times; and at last the
-    best one times each of ``grid_refinement``.
+    The grid of its method, or the model's own; while the best is the lowest
+    or the highest of all tried, the next one beyond, at most ``grid_moves``
+    times; and at last the best one times each of ``grid_refinement``.
     """
     own = study['model_rates'].get(cell.model, {})
     usual = study['methods'][cell.method]['rates']
