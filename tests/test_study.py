@@ -539,15 +539,13 @@ def test_rules_for_users_follow_from_the_results(name):
             cell = Cell(model, name.lower(), size)
             ratio, lost = at_rule(cell, name, done)
             assert 0.7 < ratio < 1.42 and lost < 0.02
-    # and as multiples of the best rate that AdamW has with each model
-    usual = best_rate(DECLARED, at_32, done)
-    for model in ('retinanet', 'mask_rcnn', 'sem_fpn'):
-        own = best_rate(DECLARED, replace(at_32, model=model), done)
-        for size in (32, 256):
-            cell = Cell(model, name.lower(), size)
-            ratio, lost = at_rule(cell, name, done, own / usual)
-            assert 0.7 < ratio < 1.42
-            assert lost < (1.0 if model == 'sem_fpn' else 0.03)
+    # a segmenter's are higher, as is AdamW's
+    own = best_rate(DECLARED, replace(at_32, model='sem_fpn'), done)
+    assert own == pytest.approx(8 * 2.83e-3, rel=0.01)
+    for size in (32, 256):
+        cell = Cell('sem_fpn', name.lower(), size)
+        ratio, lost = at_rule(cell, name, done, times=8)
+        assert 0.7 < ratio < 1.42 and lost < 1.0
 
 
 class Start(Hook):

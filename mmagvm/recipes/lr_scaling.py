@@ -61,10 +61,10 @@ RULES: Dict[Tuple[str, str], LRRule] = {
 #: the recipes' betas it is twice that one at 32, and 3 to 6 times from 256 on.
 #: Muon's is twice that one at 32 and 6 to 8 times from 256 on. At the rates of
 #: these rules AP is within 0.02 of the best, also with RetinaNet and Mask
-#: R-CNN. Semantic FPN is best at 3 to 11 times these rates, but AdamW's best
-#: is 8 times as high there too. As multiples of AdamW's best rate with the
-#: same model, mIoU is within a point of the best, and AP within 0.03. Below 32
-#: they are a guess.
+#: R-CNN. Semantic FPN is best at 3 to 11 times these rates. AdamW's best is 8
+#: times as high there too, and as multiples of that one mIoU is within a point
+#: of the best. RetinaNet's best rate with AdamW is 3 times as high, but not
+#: those with SOAP and Muon. Below 32 these rules are a guess.
 STUDY_RULES: Dict[str, LRRule] = {
     'SOAP': LRRule(8e-4, 32, 32, 1.0),
     'Muon': LRRule(4e-4, 32, 90, 1.0),
