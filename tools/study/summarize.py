@@ -79,10 +79,10 @@ def main() -> None:
     draw_alignment(study, done, aligned)
     sizes = args.figure.with_stem(f'{args.figure.stem}_batch_sizes')
     draw_batch_sizes(study, done, sizes)
-    runs = list(plan(study, done))
+    runs = set(plan(study, done))
     print(
         f'{args.out} and {args.figure}, {rates}, {aligned}, {sizes}: of '
-        f'{len(done)} runs of {len(runs)}'
+        f'{len(runs & done.keys())} runs of {len(runs)}'
     )
 
 
